@@ -1,0 +1,165 @@
+"""One consolidated checkpoint per save, readable on any world size and ZeRO stage.
+
+`step_00012345/{model,optim}.safetensors`, `state.json`, and `MANIFEST.json` with sizes and digests, written last and
+renamed into place: that is the commit. What has no manifest that parses, or does not match it, does not exist.
+No pickle is ever read, and DeepSpeed's own format (one file per rank, a pointer written before the files) is not used.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dist_trainer.errors import UserError
+
+State = dict[str, torch.Tensor]
+VERSION = 1
+MANIFEST = "MANIFEST.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: str | None = "1ep"
+    """How often to save; null: only at the end and when stopped."""
+    keep_last: int = 2
+    """Checkpoints kept for resuming. The best validated weights are kept beside."""
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _host(state: State) -> State:
+    """Contiguous copies on the host: safetensors takes neither channels_last nor views of one storage."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+
+
+def write(folder: Path, tensors: dict[str, State], state: dict[str, Any]) -> None:
+    """Write `folder` whole: `tensors[x]` as x.safetensors, `state` as state.json, then the manifest."""
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier try that never got its manifest
+    folder.mkdir(parents=True)
+    for name, values in tensors.items():
+        save_file(_host(values), folder / f"{name}.safetensors")
+    (folder / "state.json").write_text(json.dumps({"version": VERSION, **state}, indent=1))
+    files = {}
+    for path in sorted(folder.iterdir()):
+        _sync(path)
+        files[path.name] = {"size": path.stat().st_size, "sha256": _digest(path)}
+    temporary = folder / f".{MANIFEST}"
+    temporary.write_text(json.dumps({"version": VERSION, "files": files}, indent=1))
+    _sync(temporary)
+    os.replace(temporary, folder / MANIFEST)
+    _sync(folder)
+
+
+def fault(folder: Path) -> str | None:
+    """Why `folder` is not a complete checkpoint, or None: manifest, sizes and digests are checked."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        for name, expected in files.items():
+            size = (folder / name).stat().st_size
+            if size != expected["size"]:
+                return f"{name} has {size} of {expected['size']} bytes"
+            if _digest(folder / name) != expected["sha256"]:
+                return f"{name} does not match its digest"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} does not parse ({error})"
+    return None
+
+
+def _steps(root: Path) -> list[Path]:
+    """The folders `root`/step_*, newest first."""
+    return sorted((p for p in root.glob("step_*") if p.is_dir()), reverse=True) if root.is_dir() else []
+
+
+def newest(root: Path) -> tuple[Path | None, list[str]]:
+    """(the newest complete checkpoint under `root` or None, a line for each newer one that was passed over)."""
+    notes = []
+    for folder in _steps(root):
+        reason = fault(folder)
+        if reason is None:
+            return folder, notes
+        notes.append(f"checkpoint {folder.name} is not complete ({reason}): passed over")
+    return None, notes
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """`state.json`. Raises UserError for another format version."""
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    if state.get("version") != VERSION:
+        raise UserError(f"{folder}: checkpoint format {state.get('version')}, this program reads {VERSION}")
+    return state
+
+
+def load_tensors(folder: Path, name: str) -> State:
+    """`name`.safetensors, on the host."""
+    tensors: State = load_file(folder / f"{name}.safetensors")
+    return tensors
+
+
+def save(root: Path, step: int, tensors: dict[str, State], state: dict[str, Any], keep: int) -> None:
+    """Commit `root`/step_XXXXXXXX, then remove all but the newest `keep`.
+
+    Raises UserError when the storage refuses; the earlier checkpoints are untouched then.
+    """
+    folder = root / f"step_{step:08d}"
+    try:
+        write(folder, tensors, state)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot save {folder}: {error}; earlier checkpoints are whole") from None
+    older = [other for other in _steps(root) if other.name < folder.name]
+    # What is newer was passed over as damaged when this run resumed: it must not outlive its repetition.
+    newer = [other for other in _steps(root) if other.name > folder.name]
+    for gone in [*older[keep - 1 :], *newer]:
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def replace_best(root: Path, weights: State, metrics: dict[str, Any]) -> None:
+    """Keep `weights` as the best so far, in `root`/step_XXXXXXXX; the former best goes when the new one is whole."""
+    save(root, int(metrics["step"]), {"model": weights}, metrics, keep=1)
+
+
+def load_into(model: nn.Module, weights: State, where: str) -> None:
+    """Load weights and buffers. Raises UserError, naming them, for keys or shapes that do not fit."""
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}" for n in own if n in weights and own[n].shape != weights[n].shape]
+    faults = [f"{what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" for what, names in (("missing", missing), ("unexpected", unexpected), ("other shapes", shapes)) if names]
+    if faults:
+        raise UserError(f"{where}: does not fit the model ({'; '.join(faults)}); check model.name and model.args")
+    model.load_state_dict(weights)
+
+
+def load_weights(path: Path) -> State:
+    """Weights of a checkpoint folder or of one safetensors file. Raises UserError when there are none."""
+    if path.is_dir():
+        reason = fault(path)
+        if reason:
+            raise UserError(f"{path}: not a complete checkpoint ({reason})")
+        return load_tensors(path, "model")
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint folder or safetensors file")
+    try:
+        weights: State = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file ({error})") from None
+    return weights

@@ -1,0 +1,296 @@
+"""The command line: `dist-trainer COMMAND CONFIG.yaml [--key.sub value ...]`, the same under `torchrun -m dist_trainer`."""
+
+import json
+import os
+import re
+import shutil
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from dist_trainer.config import TrainConfig
+from dist_trainer.errors import LocalError, UserError, nearest
+
+USAGE = """usage: dist-trainer COMMAND ...
+
+  train CONFIG.yaml [--key.sub value ...]   train, or go on; evaluates and saves (under torchrun: on all ranks)
+  eval CONFIG.yaml|RUN [--weights PATH]     exact accuracy of a checkpoint folder or a safetensors file
+  plan CONFIG.yaml [--gpus N] [--json]      everything derived, before a node is paid for
+  shards pack SOURCE OUT                    images -> tars and index (SOURCE: a folder, or torchvision/NAME)
+  ls, cp NAME TARGET                        the shipped configs and scripts
+
+Several --config files merge left to right. --print_config shows the whole config, COMMAND --help every key.
+"""
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run one command and end the process: 0 done (or stopped in order), 2 the user's mistake in one line, 1 a fault."""
+    try:
+        status = dispatch(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        if _is_main() or isinstance(error, LocalError):
+            print(f"dist-trainer: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        status = 1
+    except Exception as error:
+        print(_fault(error), file=sys.stderr)
+        status = 1
+    # Not sys.exit: after an error, other ranks may wait in a collective that interpreter shutdown would wait for too.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _fault(error: Exception) -> str:
+    rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+    text = str(error)
+    if isinstance(error, RuntimeError) and re.search(r"[Cc]onnection (closed|reset|refused)|Broken pipe|gloo", text):
+        return f"{rank}lost contact with another rank, which failed or was ended: {text.splitlines()[0]}"
+    return rank + "".join(traceback.format_exception(error))
+
+
+def dispatch(argv: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "eval": _eval,
+        "plan": _plan,
+        "shards": _shards,
+        "ls": _ls,
+        "cp": _cp,
+    }
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if argv[0] == "--version":
+        from dist_trainer import __version__
+
+        print(__version__)
+        return 0
+    if argv[0] not in commands:
+        raise UserError(f"no command {argv[0]!r}{nearest(argv[0], commands)}; there are: {', '.join(commands)}")
+    return commands[argv[0]](argv[1:])
+
+
+# Parsing
+
+
+def _parser(command: str, description: str, config: bool = True) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=f"dist-trainer {command}", description=description, exit_on_error=False, allow_abbrev=False
+    )
+    if config:
+        parser.add_argument("--config", action="config", help="YAML file; several merge left to right")
+        parser.add_class_arguments(TrainConfig, nested_key=None, sub_configs=False)
+    return parser
+
+
+def _parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
+    try:
+        return parser.parse_args(argv)
+    except ArgumentError as error:
+        raise UserError(_one_line(str(error), [action.dest for action in parser._actions])) from None
+
+
+def _one_line(text: str, known: list[str]) -> str:
+    """jsonargparse's message as one line that names key, value and what is allowed."""
+    line = " ".join(text.split())
+    if match := re.search(r"Option '([^']+)' is not accepted", line):
+        return f"{match[1]}: no such key{nearest(match[1], known)}"
+    if match := re.search(r"[Uu]nrecognized arguments: --([^\s=]+)", line):
+        return f"--{match[1]}: no such key{nearest(match[1], known)}"
+    if match := re.search(r"arguments are required: (\S+)", line):
+        return f"{match[1]}: is required"
+    if match := re.fullmatch(r'Parser key "([^"]+)":\s*(.*)', line):
+        key, reason = match[1], match[2]
+        reason = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", reason).replace("typing.", "")
+        if key == "config":
+            return reason
+        return f"{key}: {reason}"
+    return line
+
+
+def _with_config(argv: list[str]) -> list[str]:
+    """A positional CONFIG becomes --config: jsonargparse's positional config action is broken."""
+    if argv and not argv[0].startswith("-"):
+        if not Path(argv[0]).is_file():
+            raise UserError(f"{argv[0]}: no such config file; dist-trainer ls shows those that are shipped")
+        return ["--config", *argv]
+    return argv
+
+
+def _config(parser: ArgumentParser, argv: list[str]) -> tuple[TrainConfig, Namespace]:
+    values = _parse(parser, _with_config(argv))
+    built = parser.instantiate_classes(values)
+    names = TrainConfig.__dataclass_fields__
+    return TrainConfig(**{name: built[name] for name in names}), values
+
+
+# Commands
+
+
+def _train(argv: list[str]) -> int:
+    parser = _parser("train", "Train, or go on where the run folder stands; evaluate and save.")
+    config, values = _config(parser, argv)
+    from dist_trainer import comm
+    from dist_trainer.log.console import Terminal
+    from dist_trainer.run import Run, finish_run, start_run, summary_rows
+    from dist_trainer.train import train
+
+    stem = Path(str(values.config[0])).stem if values.get("config") else "run"
+    world = comm.init()
+    stop = comm.StopRequest()
+    terminal = Terminal(active=world.is_main)
+    run = start_run(config, stem, world, terminal, stop)
+    if not isinstance(run, Run):
+        terminal.table(f"{run.path}: complete", summary_rows(run.read_summary() or {}))
+    else:
+        stopped_by = train(run)
+        summary = finish_run(run, stopped_by)
+        if stopped_by:
+            terminal.say(f"stopped by {stopped_by} after step {summary['steps']}, saved; start again to go on")
+        else:
+            terminal.table(f"{run.folder.path}: done", summary_rows(summary))
+    comm.shutdown()
+    return 0
+
+
+def _eval(argv: list[str]) -> int:
+    parser = _parser("eval", "Exact accuracy of a checkpoint or a weights file, the same on any number of ranks.")
+    parser.add_argument(
+        "--weights", type=str | None, default=None, help="a checkpoint folder or safetensors file; default: the run's best"
+    )
+    folder = Path(argv[0]) if argv and Path(argv[0]).is_dir() else None
+    if folder is not None:
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"{folder}: not a run folder: it has no config.yaml")
+        argv = [str(folder / "config.yaml"), *argv[1:]]
+    config, values = _config(parser, argv)
+    from dist_trainer import comm
+    from dist_trainer.checkpoint import newest
+    from dist_trainer.evaluation_run import evaluate_weights
+    from dist_trainer.log.console import Terminal
+
+    if values.weights is not None:
+        weights: Path | None = Path(values.weights)
+    elif folder is not None:
+        weights, _ = newest(folder / "best")
+    else:
+        raise UserError("--weights: is required with a config; with a run folder, its best are taken")
+    if weights is None:
+        raise UserError(f"{folder}: no best weights yet; give --weights {folder}/checkpoints/step_...")
+    world = comm.init()
+    terminal = Terminal(active=world.is_main)
+    result = evaluate_weights(config, weights, world, terminal)
+    m = result.metrics
+    terminal.say(
+        f"{weights}: top-1 {m['top1']:.2%} ({result.correct1}/{result.num_samples})  "
+        f"top-5 {m['top5']:.2%} ({result.correct5}/{result.num_samples})  loss {m['loss']:.4f}"
+    )
+    comm.shutdown()
+    return 0
+
+
+def _plan(argv: list[str]) -> int:
+    parser = _parser("plan", "Everything that follows from a config, before a node is paid for.")
+    parser.add_argument("--gpus", type=int | None, default=None, help="ranks; default: what this machine can use")
+    parser.add_argument("--samples", type=int | None, default=None, help="size of the training set, where it is not here")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--show", type=str | None, default=None, help="print one figure alone, such as world")
+    config, values = _config(parser, argv)
+    from dist_trainer.plan_report import plan_figures, plan_rows
+
+    figures = plan_figures(config, gpus=values.gpus, num_samples=values.samples, only_world=values.show == "world")
+    if values.show is not None:
+        if values.show not in figures:
+            raise UserError(f"--show: no figure {values.show!r}{nearest(values.show, figures)}; there are: {', '.join(figures)}")
+        print(figures[values.show])
+    elif values.json:
+        print(json.dumps(figures, indent=1))
+    else:
+        from dist_trainer.log.console import Terminal
+
+        rows, warnings = plan_rows(figures)
+        terminal = Terminal(active=True)
+        terminal.table("plan", rows)
+        for warning in warnings:
+            terminal.say(f"warning: {warning}")
+    return 0
+
+
+def _shards(argv: list[str]) -> int:
+    if not argv or argv[0] != "pack":
+        raise UserError("shards: say what to do: dist-trainer shards pack SOURCE OUT")
+    parser = _parser("shards pack", "Images to WebDataset tars and their index: OUT/train and OUT/val.", config=False)
+    parser.add_argument("source", type=str, help="a folder with train/ and val/ (or class folders), or torchvision/NAME")
+    parser.add_argument("out", type=str, help="a folder that will be made")
+    parser.add_argument("--root", type=str | None, default=None, help="where torchvision's files are, or are downloaded to")
+    parser.add_argument("--samples_per_shard", type=int, default=2048, help="samples per tar")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffle over shards")
+    values = _parse(parser, argv[1:])
+    from rich.progress import track
+
+    from dist_trainer.comm import cores
+    from dist_trainer.data.pack import find_splits, pack
+
+    if values.samples_per_shard < 1:
+        raise UserError(f"--samples_per_shard: {values.samples_per_shard} is not positive")
+    for split, source in find_splits(values.source, Path(values.root) if values.root else None).items():
+        out = Path(values.out) / split
+        done = 0
+        shards = pack(
+            source, out, samples_per_shard=values.samples_per_shard, seed=values.seed, num_processes=cores()
+        )
+        for samples in track(shards, f"packing {split}", total=-(-len(source) // values.samples_per_shard)):
+            done += samples
+        print(f"{out}: {done:,} samples, {len(source.class_names)} classes")
+    return 0
+
+
+def _shipped() -> dict[str, Path]:
+    """Shipped files by the name under which `cp` finds them: imagenet/resnet50_8k, slurm/train.sbatch, ..."""
+    package = Path(__file__).parent
+    root = package / "shipped" if (package / "shipped").is_dir() else package.parent
+    files = {}
+    for folder in ("configs", "launch", "slurm"):
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".yaml", ".sh", ".sbatch"):
+                name = path.relative_to(root / folder if folder == "configs" else root)
+                files[str(name.with_suffix("") if folder == "configs" else name)] = path
+    return files
+
+
+def _ls(argv: list[str]) -> int:
+    for name, path in _shipped().items():
+        first = next((line.lstrip("# ").strip() for line in path.read_text().splitlines() if line.startswith("# ")), "")
+        print(f"{name:<28} {first}")
+    return 0
+
+
+def _cp(argv: list[str]) -> int:
+    if len(argv) != 2:
+        raise UserError("cp: give a name that dist-trainer ls shows, and a target file or folder")
+    files = _shipped()
+    name = argv[0].removesuffix(".yaml")
+    if name not in files:
+        raise UserError(f"{argv[0]}: not shipped{nearest(name, files)}; dist-trainer ls shows what is")
+    target = Path(argv[1])
+    target = target / files[name].name if target.is_dir() else target
+    if target.exists():
+        raise UserError(f"{target}: exists; remove it, or name another file")
+    try:
+        shutil.copy(files[name], target)
+    except OSError as error:
+        raise UserError(f"{target}: {error.strerror or error}") from None
+    print(target)
+    return 0

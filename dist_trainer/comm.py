@@ -1,0 +1,199 @@
+"""Who am I among the ranks, and the few collectives that are not the engine's: packed sums, work on rank 0, the end."""
+
+import contextlib
+import ctypes
+import datetime
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+
+from dist_trainer.errors import UserError
+
+T = TypeVar("T")
+
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: `rank` of `size`, its place on this host, its device, a gloo group for host data."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    host_group: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def cores() -> int:
+    """The cores that this process may use, which under Slurm or a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def devices() -> int:
+    """Accelerators of this host, or its cores where there is none."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else cores()
+
+
+def launched_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def die_with_parent(signum: int) -> None:
+    """Let the kernel send `signum` to this process when its parent dies, so that a SIGKILL leaves no orphan (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signum, 0, 0, 0)
+
+
+def init(timeout_s: float = 600.0) -> World:
+    """Join the process group that torchrun's environment describes, or make one of a single process.
+
+    NCCL where there are CUDA devices, gloo elsewhere; host data (JSON) always travels by gloo.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}. "
+                f"Paste: torchrun --nproc-per-node {torch.cuda.device_count()}"
+            )
+        device, backend = torch.device("cuda", local_rank), "nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    timeout = datetime.timedelta(seconds=timeout_s)
+    device_id = device if device.type == "cuda" else None
+    if launched_by_torchrun():
+        # The agent would end its ranks with SIGTERM; when the agent itself is killed, the kernel does.
+        die_with_parent(signal.SIGTERM)
+        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        if size == local_size:
+            # After a restart the agent's store still holds the addresses of the dead ranks (pytorch #135712).
+            # The restart count keeps attempts apart; on several hosts each agent counts its own, so not there.
+            store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
+    elif "MASTER_ADDR" in os.environ and size > 1:
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    else:
+        rank, size = 0, 1
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
+        )
+    host_group = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
+    return World(rank, size, local_rank, local_size, device, host_group)
+
+
+def shutdown() -> None:
+    """The orderly end. Without the barrier, destroying gloo groups aborts the process now and then."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def abandon(status: int) -> None:
+    """The end after an error: other ranks may be inside a collective, so nothing here may wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def broadcast_json(world: World, value: Any) -> Any:
+    """Rank 0's `value` (what JSON can hold) on every rank."""
+    if world.size == 1:
+        return json.loads(json.dumps(value))
+    data = bytearray(json.dumps(value).encode() if world.is_main else b"")
+    length = torch.tensor([len(data)])
+    dist.broadcast(length, 0, group=world.host_group)
+    payload = torch.frombuffer(data, dtype=torch.uint8) if world.is_main else torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(payload, 0, group=world.host_group)
+    return json.loads(bytes(payload.numpy()))
+
+
+def on_main(world: World, work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 and give its JSON-able result, or its UserError, to every rank: all go on or none does."""
+    outcome: dict[str, Any] = {}
+    if world.is_main:
+        try:
+            outcome["value"] = work()
+        except (UserError, OSError) as error:
+            outcome["error"] = str(error)
+    outcome = broadcast_json(world, outcome)
+    if "error" in outcome:
+        raise UserError(outcome["error"])
+    result: T = outcome["value"]
+    return result
+
+
+class PackedSum:
+    """One asynchronous float64 sum over the ranks per step, collected one step later.
+
+    `launch` starts the sum of a vector; `collect` waits for it and returns it with the first `head` entries as
+    Python floats. On CUDA the head is copied to the host behind the collective on a stream of its own, so that
+    reading it waits for the collective alone and not for the step that was launched after it.
+    """
+
+    def __init__(self, head: int, device: torch.device) -> None:
+        self._head = head
+        self._device = device
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pending: tuple[Any, torch.Tensor, torch.Tensor, Any] | None = None
+
+    @property
+    def is_pending(self) -> bool:
+        return self._pending is not None
+
+    def launch(self, vector: torch.Tensor) -> None:
+        """Start the sum of `vector` (float64, 1-d, consumed) over all ranks."""
+        assert self._pending is None, "collect the last sum first"
+        work = dist.all_reduce(vector, async_op=True)
+        head, event = vector[: self._head], None
+        if self._side is not None:
+            with torch.cuda.stream(self._side):
+                work.wait()
+                head = head.to("cpu", non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+        self._pending = (work, vector, head, event)
+
+    def collect(self) -> tuple[list[float], torch.Tensor]:
+        """The head as floats, and the whole sum (float64, on the device)."""
+        assert self._pending is not None, "nothing was launched"
+        work, vector, head, event = self._pending
+        self._pending = None
+        work.wait()
+        if event is not None:
+            event.synchronize()
+        return [float(x) for x in head], vector
+
+
+class StopRequest:
+    """Whether somebody asked this process to stop: SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 set a flag, nothing else.
+
+    Install it after `init`: a flag cannot interrupt a rendezvous that waits for ranks that will never come.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        if threading.current_thread() is threading.main_thread():
+            for name in STOP_SIGNALS:
+                signal.signal(signal.Signals[name], self._remember)
+
+    def _remember(self, number: int, frame: object) -> None:
+        self.signal = signal.Signals(number).name

@@ -1,0 +1,49 @@
+"""The whole config: composes what each room owns, and decides nothing itself."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dist_trainer.checkpoint import CheckpointConfig
+from dist_trainer.data.augment import AugmentConfig
+from dist_trainer.data.stream import DataConfig
+from dist_trainer.engine import EngineConfig
+from dist_trainer.evaluate import EvalConfig
+from dist_trainer.log.tracker import LogConfig
+from dist_trainer.log.wandb_run import WandbConfig
+from dist_trainer.models import ModelConfig
+from dist_trainer.plan import BatchConfig
+from dist_trainer.run_folder import RunConfig
+from dist_trainer.tricks.learning_rate import LearningRateConfig
+from dist_trainer.tricks.losses import LossConfig
+from dist_trainer.tricks.optimizers import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    data: DataConfig
+    run: RunConfig = field(default_factory=RunConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    duration: str = "90ep"
+    """How long to train: 90ep, 450000step or 115200000sample."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr: LearningRateConfig = field(default_factory=LearningRateConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested plain values, as YAML would hold them."""
+        return plain(asdict(self))
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value

@@ -1,0 +1,31 @@
+"""Encoded bytes to uint8 pixels."""
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_image
+
+_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
+_PIL_MODES = {1: "L", 3: "RGB"}
+
+
+def decode(data: bytes, channels: int) -> torch.Tensor:
+    """uint8 [channels, height, width]; EXIF orientation is not applied. Raises ValueError for what no decoder reads.
+
+    torchvision's decoder first; Pillow for what it refuses (CMYK JPEG, a PNG that is called jpg, ...).
+    """
+    try:
+        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return decode_image(buffer, _MODES[channels])
+    except (RuntimeError, ValueError):
+        pass
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+            warnings.simplefilter("ignore")
+            pixels = np.array(image.convert(_PIL_MODES[channels]))
+    except Exception as error:  # Pillow's plugins raise whatever they meet
+        raise ValueError(f"not a readable image ({error})") from None
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)

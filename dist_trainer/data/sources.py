@@ -1,0 +1,54 @@
+"""From what a config names to an index: a folder of tars, one tar, or a brace pattern."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from webdataset.shardlists import expand_urls
+
+from dist_trainer.comm import cores
+from dist_trainer.data.index import FILE_NAME, ShardIndex
+from dist_trainer.data.scan import scan_tars
+from dist_trainer.errors import UserError
+
+
+def _locate(key: str, location: str) -> tuple[Path, list[Path]]:
+    """(where the index is or shall be, the tars; none when the index is there)."""
+    if location.startswith("pipe:") or "://" in location:
+        raise UserError(f"{key}: {location!r}: only local paths can be read")
+    path = Path(location).expanduser()
+    if path.is_dir():
+        index = path / FILE_NAME
+        tars = [] if index.exists() else sorted(path.glob("*.tar"))
+        if not tars and not index.exists():
+            raise UserError(f"{key}: {path}: no tars there; make them with: dist-trainer shards pack SOURCE {path}")
+        return index, tars
+    tars = [Path(url) for url in expand_urls(str(path))]
+    missing = [tar for tar in tars if not tar.is_file()]
+    if missing:
+        rest = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(f"{key}: {missing[0]}: no such tar{rest}")
+    root = Path(os.path.commonpath([tar.parent for tar in tars]))
+    name = hashlib.sha256("\n".join(str(tar.relative_to(root)) for tar in tars).encode()).hexdigest()[:8]
+    index = root / f"index-{name}.dtx"
+    return index, [] if index.exists() else tars
+
+
+def prepare_index(key: str, location: str) -> tuple[str, str]:
+    """Make the index of `location` if there is none yet. To be called on one rank.
+
+    Returns (the index file, a line to print or ""). Raises UserError naming the config key `key`.
+    """
+    path, tars = _locate(key, location)
+    if not tars:
+        return str(path), ""
+    index = scan_tars(path.parent, tars, cores())
+    try:
+        index.save(path)
+    except OSError as error:
+        raise UserError(f"{key}: cannot write the index {path} ({error.strerror or error})") from None
+    return str(path), f"indexed {len(tars)} tars, {len(index):,} samples, {index.num_classes} classes: {path}"
+
+
+def open_index(path: str) -> ShardIndex:
+    return ShardIndex.load(Path(path))

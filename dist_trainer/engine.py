@@ -1,0 +1,345 @@
+"""Forward, backward, reduction, update: DeepSpeed at ZeRO 0 to 3, and its twin on torch's DDP, behind the same verbs.
+
+With zero_state.py the only file that imports deepspeed. The gradient of a step is the exact mean over the valid
+samples of the global batch whatever the world: a micro-batch's loss is its weighted sum times W / (valid samples of the
+step), and both engines average gradients over the W ranks. No update with a gradient that is not finite is ever applied.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dist_trainer.comm import World
+from dist_trainer.data.stream import Batch
+from dist_trainer.errors import UserError
+from dist_trainer.keyed import FORWARD, key
+from dist_trainer.plan import Plan
+from dist_trainer.tricks.losses import Loss
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    backend: Literal["deepspeed", "torch"] = "deepspeed"
+    """deepspeed, or torch: plain DistributedDataParallel, the same numbers."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """ZeRO stage. 0 is the right one for convolutional networks; the others shard optimizer state, gradients, weights."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 computes under autocast; weights, their gradients' sums and batch-norm stay float32 in both."""
+    clip_grad_norm: float | None = None
+    """Largest gradient norm; null does not clip."""
+
+
+def deepspeed_config(config: EngineConfig, plan: Plan) -> dict[str, Any]:
+    """Every key that DeepSpeed is given; users hand in no raw JSON.
+
+    `gradient_clipping` is always written, since its default is 1.0. Accumulation is the plan's, told to DeepSpeed
+    micro-batch by micro-batch, so its own count is 1. The empty list of lower-precision modules keeps gradients
+    from being reduced in bf16. At stage 0 this engine clips and checks by itself, without another collective.
+    """
+    clip = config.clip_grad_norm or 0.0
+    values: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip if config.zero else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": config.zero, "reduce_bucket_size": 50_000_000},
+    }
+    if config.precision == "bf16":
+        values["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """From uint8 pixels to what the network takes: (pixels / 255 - mean) / std per channel, and the memory layout."""
+
+    mean: list[float]
+    std: list[float]
+    channels_last: bool
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+class Inference:
+    """A model that stands on its device, and its forward in evaluation. What every engine can do."""
+
+    def __init__(self, model: nn.Module, precision: str, preprocess: Preprocess, world: World) -> None:
+        self.module, self.world = model, world
+        self._device = world.device
+        self._format = preprocess.memory_format
+        self._autocast = precision == "bf16"
+        mean = torch.tensor(preprocess.mean, device=self._device).reshape(1, -1, 1, 1)
+        std = torch.tensor(preprocess.std, device=self._device).reshape(1, -1, 1, 1)
+        self._scale, self._shift = 1.0 / (255.0 * std), -mean / std
+
+    def _prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [m, C, H, W] to normalised float32 on the device."""
+        images = images.to(self._device, non_blocking=True)
+        return images.to(dtype=torch.float32, memory_format=self._format).mul_(self._scale).add_(self._shift)
+
+    @torch.no_grad()
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """float32 [m, K] of uint8 images [m, C, H, W], in whatever mode the module is; every rank must call it."""
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+            output: torch.Tensor = self.module(self._prepare(images))
+        return output.float()
+
+
+class Engine(Inference):
+    """What both backends share. `grad_norm` is that of the last step, before clipping."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        config: EngineConfig,
+        plan: Plan,
+        world: World,
+        preprocess: Preprocess,
+        seed: int,
+    ) -> None:
+        super().__init__(model, config.precision, preprocess, world)
+        self.plan, self.config = plan, config
+        self.grad_norm: torch.Tensor = torch.zeros(())
+        self._loss, self._seed = loss, seed
+        self._generator: torch.Generator = (
+            torch.cuda.default_generators[world.local_rank] if self._device.type == "cuda" else torch.default_generator
+        )
+        self._micro_step = 0
+
+    # What a backend provides
+
+    optimizer: torch.optim.Optimizer
+
+    def _forward(self, images: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def _update(self) -> bool:
+        """Apply the reduced gradients unless they are not finite; set `grad_norm`; clear the gradients."""
+        raise NotImplementedError
+
+    def optimizer_state(self) -> State:
+        """Optimizer state by parameter name (collective; whole on rank 0)."""
+        raise NotImplementedError
+
+    def load_optimizer_state(self, state: State) -> None:
+        """Undo `optimizer_state`, before the first step, whatever stage and world it came from."""
+        raise NotImplementedError
+
+    # What the loop calls
+
+    def set_lr(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def forward_backward(self, batch: Batch) -> torch.Tensor:
+        """One micro-batch: its gradient is added to the step's. Returns the weighted sum of losses (detached scalar).
+
+        The last of `plan.forwards` calls reduces the gradients over the ranks.
+        """
+        address: Any = batch.address
+        # Dropout and the like draw the same numbers for a slot on whichever rank it runs.
+        self._generator.manual_seed(key(FORWARD, self._seed, address.step, address.slot))
+        logits = self._forward(self._prepare(batch.images)).float()
+        labels = batch.labels.to(self._device, non_blocking=True)
+        weight = batch.weight.to(self._device, non_blocking=True)
+        total = torch.dot(self._loss(logits, labels), weight)
+        self._backward(total * (self.world.size / self.plan.num_valid(address.step)))
+        self._micro_step += 1
+        return total.detach()
+
+    @property
+    def _is_last(self) -> bool:
+        return self._micro_step == self.plan.forwards - 1
+
+    def step(self) -> bool:
+        """Update the weights. False, on every rank alike, when the gradient was not finite: then nothing was changed."""
+        assert self._micro_step == self.plan.forwards, "a step is plan.forwards micro-batches"
+        self._micro_step = 0
+        return self._update()
+
+    def _clip_and_update(self) -> bool:
+        """For whole gradients, equal on all ranks: the one host read of a step, without a collective."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        self.grad_norm = nn.utils.get_total_norm(gradients)
+        if not math.isfinite(self.grad_norm.item()):
+            return False
+        if self.config.clip_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.module.parameters(), self.config.clip_grad_norm, self.grad_norm)
+        return True
+
+    def model_state(self) -> State:
+        """float32 weights and buffers by name (collective; whole on rank 0)."""
+        return {name: value.detach() for name, value in self.module.state_dict().items()}
+
+    def close(self) -> None:
+        """Give back what the backend holds, before the process group ends."""
+
+    def _named_state(self) -> State:
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        return {
+            f"{key}/{names[parameter]}": value.detach()
+            for parameter, entries in self.optimizer.state.items()
+            for key, value in entries.items()
+            if isinstance(value, torch.Tensor)
+        }
+
+    def _load_named_state(self, state: State) -> None:
+        parameters = dict(self.module.named_parameters())
+        for full_name, value in state.items():
+            key, name = full_name.split("/", 1)
+            parameter = parameters[name]
+            self.optimizer.state[parameter][key] = (
+                torch.empty_like(parameter).copy_(value) if value.dim() else value.clone()
+            )
+
+
+class TorchEngine(Engine):
+    """torch's DistributedDataParallel. Buffers are not broadcast: tricks/batch_norm.py owns the running statistics."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        if self.config.zero:
+            raise UserError(f"engine.zero: {self.config.zero} needs engine.backend: deepspeed; torch's DDP is stage 0")
+        model.to(self._device).to(memory_format=self._format)  # type: ignore[call-overload]
+        self.optimizer = optimizer
+        self._ddp = nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[self._device.index] if self._device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    def _forward(self, images: torch.Tensor) -> torch.Tensor:
+        self._ddp.require_backward_grad_sync = self._is_last
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+            output: torch.Tensor = self._ddp(images)
+        return output
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _update(self) -> bool:
+        applied = self._clip_and_update()
+        if applied:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return applied
+
+    def optimizer_state(self) -> State:
+        return self._named_state()
+
+    def load_optimizer_state(self, state: State) -> None:
+        self._load_named_state(state)
+
+
+class DeepSpeedEngine(Engine):
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        if self._device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated.*")
+        import deepspeed
+
+        from dist_trainer import zero_state
+
+        if self._device.type == "cpu":
+            zero_state.no_inference_kernels()
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        deepspeed.init_distributed(dist_init_required=False)
+        self._zero_state = zero_state
+        self._engine, self.optimizer, *_ = deepspeed.initialize(
+            model=model.to(self._device), optimizer=optimizer, config=deepspeed_config(self.config, self.plan)
+        )
+        self.module = self._engine.module
+        for buffer in self.module.buffers():  # DeepSpeed broadcasts parameters only
+            dist.broadcast(buffer, 0)
+        if self.config.zero == 0:
+            # Before initialize it would crash; above stage 0 weights live in flat buffers and stay contiguous.
+            self.module.to(memory_format=self._format)
+        self._coalesce: contextlib.ExitStack | None = None
+
+    def _forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.config.zero and self.plan.forwards > 1:
+            if self._micro_step == 0:  # one reduction per step, at the exit of this block
+                self._coalesce = contextlib.ExitStack()
+                self._coalesce.enter_context(self._engine.coalesce_grad_reduction())
+        else:
+            self._engine.set_gradient_accumulation_boundary(self._is_last)
+        output: torch.Tensor = self._engine(images)
+        return output
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if self._coalesce is not None and self._is_last:
+            self._coalesce.close()
+            self._coalesce = None
+
+    def _update(self) -> bool:
+        if self.config.zero == 0:
+            applied = self._clip_and_update()
+            if applied:
+                self._engine.step()
+            else:
+                self._engine.zero_grad()
+            return applied
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.step()
+        self.grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
+        return bool(self._engine.was_step_applied())
+
+    def model_state(self) -> State:
+        state = super().model_state()
+        if self.config.zero == 3:
+            for name, parameter in self.module.named_parameters():
+                state[name] = self._zero_state.full_weight(parameter)
+        return state
+
+    def optimizer_state(self) -> State:
+        if self.config.zero == 0:
+            return self._named_state()
+        return self._zero_state.get_optimizer_state(self._engine, self.config.zero)
+
+    def load_optimizer_state(self, state: State) -> None:
+        if self.config.zero == 0:
+            self._load_named_state(state)
+        else:
+            self._zero_state.set_optimizer_state(
+                self._engine, self.config.zero, state, self.world.rank, self.world.size
+            )
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+
+def build_engine(
+    config: EngineConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Loss,
+    plan: Plan,
+    world: World,
+    preprocess: Preprocess,
+    seed: int,
+) -> Engine:
+    """The engine that `config` names."""
+    if config.clip_grad_norm is not None and not config.clip_grad_norm > 0:
+        raise UserError(f"engine.clip_grad_norm: {config.clip_grad_norm} is not positive; null does not clip")
+    backend = {"deepspeed": DeepSpeedEngine, "torch": TorchEngine}[config.backend]
+    return backend(model, optimizer, loss, config, plan, world, preprocess, seed)

@@ -1,0 +1,18 @@
+"""The one exception for what the user can mend: printed as one line, exit status 2, no traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that names the thing, the value and what to do."""
+
+
+class LocalError(UserError):
+    """A UserError that this rank alone has met, so this rank has to say it."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the closest known word, or an empty string."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""

@@ -1,0 +1,65 @@
+"""What rank 0 says on the terminal: a progress display on a TTY, one plain line per interval in a log file."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Terminal:
+    """Silent unless `active` (rank 0)."""
+
+    def __init__(self, active: bool) -> None:
+        self._active = active
+        self._console = Console(highlight=False, soft_wrap=True, quiet=not active)
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._best = ""
+
+    def say(self, text: str) -> None:
+        if self._active:
+            self._console.print(text, markup=False)
+
+    def start(self, step: int, total_steps: int) -> None:
+        if self._active and self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("epoch {task.fields[epoch]:5.2f}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("train", total=total_steps, completed=step, epoch=0.0, text="")
+            self._progress.start()
+
+    def train_line(self, step: int, total_steps: int, metrics: dict[str, float | int]) -> None:
+        """Metrics of one log interval, by their documented names."""
+        text = (
+            f"loss {metrics['train/loss']:.4f}  lr {metrics['train/lr']:.4f}  "
+            f"{metrics['perf/images_per_s']:,.0f} img/s  data {metrics['perf/data_wait']:.1%}"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, epoch=metrics["epoch"], text=f"{text}  {self._best}")
+        else:
+            self.say(f"epoch {metrics['epoch']:.2f}  step {step}/{total_steps}  {text}")
+
+    def eval_line(self, step: int, metrics: dict[str, float], num_samples: int, best: float) -> None:
+        self._best = f"top-1 {metrics['top1']:.2%} (best {best:.2%})"
+        self.say(
+            f"step {step}: top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}  "
+            f"on {num_samples:,} images  (best top-1 {best:.2%})"
+        )
+
+    def stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def table(self, title: str, rows: dict[str, str]) -> None:
+        table = Table(title=title, show_header=False, title_justify="left")
+        for name, value in rows.items():
+            table.add_row(name, value)
+        if self._active:
+            self._console.print(table)

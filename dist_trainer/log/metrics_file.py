@@ -1,0 +1,29 @@
+"""metrics.jsonl: one JSON object per line, `step` (updates made) and `epoch` in each; the source of every plot."""
+
+import json
+import os
+from pathlib import Path
+
+
+class MetricsFile:
+    """Appends lines; a resumed run first drops those past its checkpoint, so that no step stands twice."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self._path = path
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_step]
+            temporary = path.with_name(f".{path.name}")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            os.replace(temporary, path)
+
+    def write(self, step: int, metrics: dict[str, float | int]) -> None:
+        """One write call per line: a reader, or a kill, sees whole lines."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a torn last line

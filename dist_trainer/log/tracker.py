@@ -1,0 +1,61 @@
+"""Where metrics go: the terminal, metrics.jsonl and W&B, on rank 0.
+
+Names: train/loss (mean over samples since the last line), train/lr, train/grad_norm (of the last step, before
+clipping), train/skipped (steps not applied, so far), val/top1, val/top5 (fractions), val/loss,
+perf/images_per_s, perf/data_wait (share of the time that rank 0 waited for data), epoch.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_trainer.comm import World
+from dist_trainer.log.console import Terminal
+from dist_trainer.log.metrics_file import MetricsFile
+from dist_trainer.log.wandb_run import WandbConfig, WandbRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    every: str = "50step"
+    """How often a line of training metrics is written."""
+
+
+class Tracker:
+    """Everything that is told about a run. On ranks other than 0 every call does nothing."""
+
+    def __init__(self, world: World, total_steps: int, terminal: Terminal) -> None:
+        self.terminal = terminal
+        self._world, self._total_steps = world, total_steps
+        self._file: MetricsFile | None = None
+        self._wandb: WandbRun | None = None
+
+    def open(self, folder: Path, step: int, wandb: WandbConfig, config: dict[str, Any]) -> None:
+        if not self._world.is_main:
+            return
+        self._file = MetricsFile(folder / "metrics.jsonl", step)
+        self._wandb = WandbRun(wandb, folder, folder.name, config)
+        if self._wandb.note:
+            self.terminal.say(self._wandb.note)
+        self.terminal.start(step, self._total_steps)
+
+    def _write(self, step: int, metrics: dict[str, float | int]) -> None:
+        if self._file is not None:
+            self._file.write(step, metrics)
+        if self._wandb is not None:
+            self._wandb.log(step, metrics)
+
+    def train(self, step: int, metrics: dict[str, float | int]) -> None:
+        self._write(step, metrics)
+        if self._world.is_main:
+            self.terminal.train_line(step, self._total_steps, metrics)
+
+    def evaluation(self, step: int, epoch: float, name: str, metrics: dict[str, float], num_samples: int, best: float) -> None:
+        """Metrics of one evaluation under `name`/, such as val/top1."""
+        self._write(step, {"epoch": epoch, **{f"{name}/{key}": value for key, value in metrics.items()}})
+        self.terminal.eval_line(step, metrics, num_samples, best)
+
+    def close(self, summary: dict[str, Any]) -> None:
+        self.terminal.stop()
+        if self._wandb is not None:
+            self._wandb.finish(summary)

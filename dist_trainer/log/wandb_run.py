@@ -1,0 +1,88 @@
+"""Weights & Biases, on rank 0: one W&B run per training run, continued after a restart. The only file that imports wandb."""
+
+import netrc
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    mode: Literal["online", "offline", "disabled"] = "online"
+    """online falls back to offline, with a line, where no API key is set up."""
+    project: str = "dist_trainer"
+    entity: str | None = None
+    """Null: your default entity."""
+
+
+def _has_key() -> bool:
+    """Whether a key is set up. Its value is never looked at."""
+    if "WANDB_API_KEY" in os.environ:
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return host in netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class WandbRun:
+    """`log` metrics against `step`. A failure of W&B is printed once and never stops training."""
+
+    def __init__(self, config: WandbConfig, folder: Path, name: str, run_config: dict[str, Any]) -> None:
+        self.note = ""
+        """A line for the user, or empty."""
+        self._run: Any = None
+        mode = os.environ.get("WANDB_MODE", config.mode)
+        if mode == "disabled":
+            return
+        if mode == "online" and not _has_key():
+            mode, self.note = "offline", "W&B: no API key set up, writing offline"
+        try:
+            import wandb
+
+            run_id = self._run_id(folder / "wandb_id")
+            self._run = wandb.init(
+                project=config.project,
+                entity=config.entity,
+                mode=mode,  # type: ignore[arg-type]
+                dir=str(folder),
+                id=run_id,
+                name=name,
+                resume="allow" if mode == "online" else None,
+                config=run_config,
+                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+            )
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
+        except Exception as error:  # whatever W&B raises, training goes on
+            self._give_up(error)
+
+    @staticmethod
+    def _run_id(path: Path) -> str:
+        """Kept in the run folder before the first step, so that a requeued job continues the same W&B run."""
+        if not path.exists():
+            path.write_text(secrets.token_hex(4))
+        return path.read_text().strip()
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        self.note = f"W&B: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; going on without"
+
+    def log(self, step: int, metrics: dict[str, float | int]) -> None:
+        if self._run is not None:
+            try:
+                self._run.log({"step": step, **metrics})
+            except Exception as error:
+                self._give_up(error)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        if self._run is not None:
+            try:
+                self._run.summary.update(summary)
+                self._run.finish()
+            except Exception as error:
+                self._give_up(error)

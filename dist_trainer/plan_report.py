@@ -1,0 +1,65 @@
+"""`plan`: everything that follows from a config, as figures and as a table."""
+
+from typing import Any
+
+from dist_trainer.comm import devices
+from dist_trainer.config import TrainConfig
+from dist_trainer.data.sources import open_index, prepare_index
+from dist_trainer.plan import Duration, largest_world, make_plan, num_slots
+from dist_trainer.tricks.learning_rate import LearningRate
+
+
+def plan_figures(
+    config: TrainConfig, *, gpus: int | None = None, num_samples: int | None = None, only_world: bool = False
+) -> dict[str, Any]:
+    """Figures by name. `only_world` needs no data: the largest world for this machine. Raises UserError as `train` would."""
+    if only_world and gpus is None:
+        return {"world": largest_world(config.batch, devices())}
+    if num_samples is None:
+        num_samples = len(open_index(prepare_index("data.train", config.data.train)[0]))
+    world = gpus if gpus is not None else largest_world(config.batch, devices())
+    plan = make_plan(config.batch, Duration.parse(config.duration, "duration"), world=world, num_samples=num_samples)
+    rate = LearningRate(config.lr, plan)
+    return {
+        "world": plan.world,
+        "global_batch": plan.global_batch,
+        "micro_batch": plan.micro_batch,
+        "micro_batches_per_step": plan.num_slots,
+        "forwards_per_rank": plan.forwards,
+        "efficiency": plan.efficiency,
+        "legal_worlds": f"1 to {num_slots(config.batch)}",
+        "full_worlds": [w for w in range(1, plan.num_slots + 1) if plan.num_slots % w == 0],
+        "num_samples": num_samples,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "samples_in_last_step": plan.num_valid(plan.steps_per_epoch - 1),
+        "total_steps": plan.total_steps,
+        "warmup_steps": rate.warmup,
+        "lr_first": rate(0),
+        "lr_peak": rate.peak,
+        "lr_last": rate(plan.total_steps - 1),
+    }
+
+
+def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """(the table as a person reads it, warnings)."""
+    f = figures
+    warnings = []
+    if f["efficiency"] < 0.9:
+        better = max(w for w in f["full_worlds"] if w <= f["world"])
+        warnings.append(
+            f"{f['world']} ranks share {f['micro_batches_per_step']} micro-batches unevenly: "
+            f"{1 - f['efficiency']:.0%} of the forwards do not count; {better} ranks divide them"
+        )
+    rows = {
+        "world": f"{f['world']} ranks (legal: {f['legal_worlds']}; even: {', '.join(map(str, f['full_worlds']))})",
+        "step": f"{f['global_batch']} samples = {f['micro_batches_per_step']} micro-batches of {f['micro_batch']}; "
+        f"{f['forwards_per_rank']} forwards per rank, {f['efficiency']:.0%} efficient",
+        "epoch": f"{f['num_samples']:,} samples = {f['steps_per_epoch']:,} steps, "
+        f"{f['samples_in_last_step']} samples in the last",
+        "run": f"{f['total_steps']:,} steps",
+        "learning rate": f"{f['lr_first']:g} at step 0, {f['lr_peak']:g} after {f['warmup_steps']:,} steps of warm-up, "
+        f"{f['lr_last']:.3g} at the last",
+    }
+    return rows, warnings
+
+

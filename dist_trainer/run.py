@@ -1,0 +1,259 @@
+"""What a run consists of, and how it is put together: data, plan, folder, model, engine; from the start or resumed."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_trainer import checkpoint
+from dist_trainer.comm import StopRequest, World, broadcast_json, on_main
+from dist_trainer.config import TrainConfig
+from dist_trainer.data.index import ShardIndex
+from dist_trainer.data.sources import open_index, prepare_index
+from dist_trainer.data.stream import EvalStream, TrainStream
+from dist_trainer.engine import Engine, Preprocess, build_engine
+from dist_trainer.errors import UserError
+from dist_trainer.evaluate import center_crop
+from dist_trainer.log.console import Terminal
+from dist_trainer.log.meter import Meter
+from dist_trainer.log.tracker import Tracker
+from dist_trainer.models import build_model
+from dist_trainer.plan import Duration, Plan, make_plan
+from dist_trainer.run_folder import RunFolder, auto_name, git_revision, identity
+from dist_trainer.step_sums import StepSums
+from dist_trainer.tricks.batch_norm import RunningStatistics
+from dist_trainer.tricks.learning_rate import LearningRate
+from dist_trainer.tricks.losses import build_loss
+from dist_trainer.tricks.optimizers import build_optimizer
+
+
+@dataclass
+class Progress:
+    """How far a run is. `step` counts updates tried, `skipped` those that were not applied."""
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    evaluated_step: int = 0
+    last: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+
+    def count(self, applied: bool) -> None:
+        """One more step was tried."""
+        self.step += 1
+        self.skipped += not applied
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+
+    def as_dict(self, plan: Plan) -> dict[str, Any]:
+        """For a checkpoint; `position` is samples consumed, which no number of ranks or workers changes."""
+        epoch, step = divmod(self.step, plan.steps_per_epoch)
+        position = epoch * plan.num_samples + step * plan.global_batch
+        return {**asdict(self), "epoch": plan.epoch(self.step), "position": position}
+
+
+@dataclass(frozen=True)
+class Every:
+    """How often things happen; None: only at the end."""
+
+    log: Duration | None
+    eval: Duration | None
+    checkpoint: Duration | None
+
+
+@dataclass
+class Run:
+    """Everything that the loop uses. `facts` is what a checkpoint says about how it was made."""
+
+    config: TrainConfig
+    world: World
+    plan: Plan
+    every: Every
+    stream: TrainStream
+    val: EvalStream
+    engine: Engine
+    learning_rate: LearningRate
+    batch_norm: RunningStatistics
+    sums: StepSums
+    meter: Meter
+    tracker: Tracker
+    folder: RunFolder
+    facts: dict[str, Any]
+    progress: Progress
+    started: float = field(default_factory=time.perf_counter)
+    seconds: dict[str, float] = field(default_factory=lambda: {"eval": 0.0, "save": 0.0})
+
+
+def open_data(config: TrainConfig, world: World, terminal: Terminal) -> tuple[ShardIndex, ShardIndex]:
+    """(training, validation) index; made first where there is none (collective)."""
+
+    def prepare() -> list[str]:
+        files = []
+        for key, location in (("data.train", config.data.train), ("data.val", config.data.val)):
+            file, note = prepare_index(key, location)
+            files.append(file)
+            if note:
+                terminal.say(note)
+        return files
+
+    train_file, val_file = on_main(world, prepare)
+    train, val = open_index(train_file), open_index(val_file)
+    if val.num_classes > train.num_classes or (
+        val.class_names != train.class_names and not all(name.isdecimal() for name in val.class_names)
+    ):
+        raise UserError(
+            f"data.val: its classes are not those of data.train ({val.num_classes} and {train.num_classes} classes, "
+            f"the first {val.class_names[:2]} and {train.class_names[:2]})"
+        )
+    for name in ("mean", "std"):
+        values = getattr(config.data, name)
+        if len(values) != config.data.channels:
+            raise UserError(f"data.{name}: {values} has {len(values)} values for data.channels: {config.data.channels}")
+    return train, val
+
+
+def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, stop: StopRequest) -> Run | RunFolder:
+    """Put a run together: from the newest complete checkpoint of its folder, or from the start (collective).
+
+    Returns the folder alone when the run in it is complete. Raises UserError, on every rank, for whatever the user can mend.
+    """
+    train_index, val_index = open_data(config, world, terminal)
+    plan = make_plan(
+        config.batch, Duration.parse(config.duration, "duration"), world=world.size, num_samples=len(train_index)
+    )
+    every = Every(
+        **{
+            name: Duration.parse(text, f"{name}.every") if text else None
+            for name, text in (
+                ("log", config.log.every), ("eval", config.eval.every), ("checkpoint", config.checkpoint.every)
+            )
+        }
+    )  # fmt: skip
+    learning_rate = LearningRate(config.lr, plan)
+    what = identity(config.as_dict(), f"{train_index.fingerprint[:16]} {val_index.fingerprint[:16]}")
+    name = auto_name(stem, what) if config.run.name == "auto" else config.run.name
+    folder = RunFolder(Path(config.run.dir).expanduser() / name)
+    resumed_from = _claim(folder, config, what, world, terminal)
+    if resumed_from == "complete":
+        return folder
+
+    state: dict[str, Any] = {}
+    model = build_model(config.model, train_index.num_classes, config.run.seed)
+    if resumed_from:
+        state = checkpoint.load_state(Path(resumed_from))
+        if world.device.type == "cpu" and state["world"] == world.size:
+            torch.set_num_threads(state["threads"])  # another number of threads adds floats in another order
+        checkpoint.load_into(model, checkpoint.load_tensors(Path(resumed_from), "model"), resumed_from)
+    engine = build_engine(
+        config.engine,
+        model,
+        build_optimizer(config.optimizer, model),
+        build_loss(config.loss),
+        plan,
+        world,
+        Preprocess(mean=config.data.mean, std=config.data.std, channels_last=config.model.channels_last),
+        config.run.seed,
+    )
+    stream = TrainStream(train_index, plan, config.data, config.augment, config.run.seed, world)
+    facts = {
+        "fingerprint": train_index.fingerprint,
+        "order": asdict(stream.spec),
+        "world": world.size,
+        "threads": torch.get_num_threads(),
+        "engine": asdict(config.engine),
+        "torch": torch.__version__,
+    }
+    batch_norm, meter, progress = RunningStatistics(engine.module), Meter(), Progress()
+    if state:
+        if state["order"] != facts["order"] or state["fingerprint"] != facts["fingerprint"]:
+            raise UserError(f"{resumed_from}: was made with other data or another order of them; use another --run.name")
+        engine.load_optimizer_state(checkpoint.load_tensors(Path(resumed_from), "optim"))
+        meter.load(state["meter"])
+        progress = Progress(**{key: state[key] for key in Progress.__dataclass_fields__})
+    tracker = Tracker(world, plan.total_steps, terminal)
+    tracker.open(folder.path, progress.step, config.wandb, {**config.as_dict(), "world": world.size, "git": git_revision()})
+    return Run(
+        config=config,
+        world=world,
+        plan=plan,
+        every=every,
+        stream=stream,
+        val=EvalStream(val_index, config.data, center_crop(config.eval), config.eval.batch, world),
+        engine=engine,
+        learning_rate=learning_rate,
+        batch_norm=batch_norm,
+        sums=StepSums(plan, batch_norm, meter, stop, world.device),
+        meter=meter,
+        tracker=tracker,
+        folder=folder,
+        facts=facts,
+        progress=progress,
+    )
+
+
+def _claim(folder: RunFolder, config: TrainConfig, what: dict[str, Any], world: World, terminal: Terminal) -> str:
+    """Become the folder's owner and find what to resume: "" (start), "complete", or a checkpoint (collective)."""
+
+    def claim() -> str:
+        if config.checkpoint.keep_last < 1:
+            raise UserError(f"checkpoint.keep_last: {config.checkpoint.keep_last}; keep at least 1 to resume from")
+        folder.claim()
+        for note in folder.write_config(config.as_dict(), what, config.run.allow_change):
+            terminal.say(note)
+        summary = folder.read_summary()
+        if summary is not None and summary["state"] == "done":
+            folder.release()
+            return "complete"
+        folder.write_environment(world.size)
+        folder.write_state("running")
+        found, notes = checkpoint.newest(folder.checkpoints)
+        for note in notes:
+            terminal.say(note)
+        terminal.say(f"run folder {folder.path}" + (f", resuming from {found.name}" if found else ""))
+        return str(found or "")
+
+    return on_main(world, claim)
+
+
+def finish_run(run: Run, stopped_by: str | None) -> dict[str, Any]:
+    """Write summary.json and STATE, close what was opened, and give the summary back (collective)."""
+    seconds = time.perf_counter() - run.started
+    summary = {
+        "state": "stopped" if stopped_by else "done",
+        "steps": run.progress.step,
+        "epochs": run.plan.epoch(run.progress.step),
+        "skipped": run.progress.skipped,
+        "final": run.progress.last,
+        "best": run.progress.best,
+        "seconds": {"all": seconds, **run.seconds, "train": seconds - sum(run.seconds.values())},
+        "world": run.world.size,
+        "git": git_revision() if run.world.is_main else None,
+    }
+
+    def close() -> None:
+        run.tracker.close(summary)
+        run.folder.write_summary(summary)
+        run.folder.write_state(summary["state"])
+        run.folder.release()
+
+    on_main(run.world, close)
+    run.engine.close()
+    return summary
+
+
+def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
+    """The summary as a person reads it."""
+    rows = {}
+    for title in ("final", "best"):
+        values = summary[title]
+        if values:
+            where = f" at step {values['step']}" if "step" in values else ""
+            rows[title] = f"top-1 {values['top1']:.2%}  top-5 {values['top5']:.2%}  loss {values['loss']:.4f}{where}"
+    seconds = summary["seconds"]
+    rows["steps"] = f"{summary['steps']} ({summary['epochs']:g} epochs, {summary['skipped']} skipped)"
+    rows["time"] = (
+        f"training {seconds['train']:.1f} s, evaluation {seconds['eval']:.1f} s, saving {seconds['save']:.1f} s"
+        f" on {summary['world']} rank{'s' if summary['world'] > 1 else ''}"
+    )
+    return rows

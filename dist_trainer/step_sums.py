@@ -1,0 +1,64 @@
+"""What the ranks tell each other once per step: loss, counts, stop votes and batch-norm sums, in one asynchronous sum."""
+
+import torch
+
+from dist_trainer.comm import STOP_SIGNALS, PackedSum, StopRequest
+from dist_trainer.data.stream import Batch
+from dist_trainer.log.meter import Meter
+from dist_trainer.plan import Plan
+from dist_trainer.tricks.batch_norm import RunningStatistics
+
+
+class StepSums:
+    """`exchange` starts the sum of the step that ends and takes in that of the step before; `finish` waits for the last.
+
+    Waiting earlier or later changes no value, so logs, evaluations and saves may call `finish` whenever they like.
+    """
+
+    def __init__(
+        self, plan: Plan, batch_norm: RunningStatistics, meter: Meter, stop_request: StopRequest, device: torch.device
+    ) -> None:
+        self.stop: str | None = None
+        """The signal that asked some rank to stop: the same on every rank at the same step."""
+        self._plan, self._batch_norm, self._meter, self._stop_request = plan, batch_norm, meter, stop_request
+        self._device = device
+        self._head = 2 + len(STOP_SIGNALS)
+        self._sum = PackedSum(self._head, device)
+        self._applied = True
+        self._reset()
+
+    def _reset(self) -> None:
+        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._num_samples = 0.0
+
+    def add(self, loss_sum: torch.Tensor, batch: Batch) -> None:
+        """Count one micro-batch: its weighted loss sum (scalar) and, unless it is a ghost, its batch statistics."""
+        self._loss += loss_sum
+        self._num_samples += float(batch.weight.sum())
+        if not batch.ghost:
+            self._batch_norm.add()
+
+    def exchange(self, applied: bool) -> None:
+        """The step is over; `applied` says whether its update was made. Its statistics count only then."""
+        self.finish()
+        votes = [float(self._stop_request.signal == name) for name in STOP_SIGNALS]
+        head = torch.tensor([0.0, self._num_samples, *votes], dtype=torch.float64, device=self._device)
+        head[0] = self._loss
+        self._sum.launch(torch.cat([head, self._batch_norm.take()]))
+        self._applied = applied
+        self._reset()
+        if not applied:
+            # Buffers that hold NaN would hand it on: even momentum 1 computes 0 * NaN.
+            self._batch_norm.publish()
+
+    def finish(self) -> None:
+        """Take in the last step's sum, if it is not in yet."""
+        if not self._sum.is_pending:
+            return
+        (loss_sum, num_samples, *votes), vector = self._sum.collect()
+        if self._applied:
+            self._meter.add(loss_sum, num_samples)
+            self._batch_norm.update(vector[self._head :], self._plan.num_slots)
+        for name, count in zip(STOP_SIGNALS, votes, strict=True):
+            if count:
+                self.stop = name

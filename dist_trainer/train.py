@@ -1,0 +1,90 @@
+"""A training run. `train` is the loop and everything that happens in it, in order; setup.py builds what it uses."""
+
+import time
+from typing import Any
+
+from dist_trainer import checkpoint
+from dist_trainer.comm import on_main
+from dist_trainer.errors import UserError
+from dist_trainer.evaluate import evaluate
+from dist_trainer.run import Run
+
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+def train(run: Run) -> str | None:
+    """Train from where `run` stands to the end. Returns None, or the name of the signal that stopped it before."""
+    plan, engine, sums, progress = run.plan, run.engine, run.sums, run.progress
+    if plan.due(progress.step, run.every.eval) and progress.evaluated_step < progress.step:
+        validate(run)  # a stop came between a step and its evaluation
+        save(run)
+    for step, batches in run.stream.steps(start=progress.step):
+        rate = run.learning_rate(step)
+        engine.set_lr(rate)
+        for batch in run.meter.timed(batches):  # this rank's plan.forwards micro-batches, ghosts last
+            sums.add(engine.forward_backward(batch), batch)
+        applied = engine.step()  # never with a gradient that is not finite
+        sums.exchange(applied)  # asynchronous: takes in the step before
+        progress.count(applied)
+
+        if plan.due(progress.step, run.every.log):
+            sums.finish()
+            run.tracker.train(progress.step, training_metrics(run, rate))
+        if plan.due(progress.step, run.every.eval) and not sums.stop:
+            validate(run)
+        if plan.due(progress.step, run.every.checkpoint) or sums.stop:
+            save(run)
+        if sums.stop:
+            return sums.stop
+        if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"step {progress.step}: the gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in a row; nothing of it was "
+                "applied. Lower lr, lengthen lr.warmup.duration, or set engine.clip_grad_norm; then start again"
+            )
+    return None
+
+
+def training_metrics(run: Run, rate: float) -> dict[str, float | int]:
+    """Metrics since the last call, by their documented names (log/tracker.py)."""
+    return {
+        "epoch": run.plan.epoch(run.progress.step),
+        **run.meter.take(),
+        "train/lr": rate,
+        "train/grad_norm": float(run.engine.grad_norm),
+        "train/skipped": run.progress.skipped,
+    }
+
+
+def validate(run: Run) -> None:
+    """Score the validation set exactly; keep the weights if they are the best so far (collective)."""
+    run.meter.pause()
+    run.sums.finish()
+    run.batch_norm.publish()
+    start = time.perf_counter()
+    result = evaluate(run.engine, run.val)
+    progress, metrics = run.progress, result.metrics
+    progress.evaluated_step, progress.last = progress.step, metrics
+    if metrics["top1"] > progress.best.get("top1", -1.0):
+        progress.best = {"step": progress.step, **metrics}
+        weights = run.engine.model_state()
+        folder = run.folder.best
+        on_main(run.world, lambda: checkpoint.replace_best(folder, weights, progress.best))
+    run.tracker.evaluation(
+        progress.step, run.plan.epoch(progress.step), "val", metrics, result.num_samples, progress.best["top1"]
+    )
+    run.seconds["eval"] += time.perf_counter() - start
+    run.meter.go_on()
+
+
+def save(run: Run) -> None:
+    """Commit a checkpoint of this very step (collective)."""
+    run.meter.pause()
+    run.sums.finish()
+    run.batch_norm.publish()
+    start = time.perf_counter()
+    tensors = {"model": run.engine.model_state(), "optim": run.engine.optimizer_state()}
+    state: dict[str, Any] = {**run.facts, **run.progress.as_dict(run.plan), "meter": run.meter.state()}
+    root, keep = run.folder.checkpoints, run.config.checkpoint.keep_last
+    on_main(run.world, lambda: checkpoint.save(root, run.progress.step, tensors, state, keep))
+    run.seconds["save"] += time.perf_counter() - start
+    run.meter.go_on()

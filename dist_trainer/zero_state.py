@@ -1,0 +1,93 @@
+"""Whole optimizer state in and out of a ZeRO engine, by parameter name: every private attribute of DeepSpeed we touch.
+
+Together with engine.py the only file that imports deepspeed; pinned to 0.19 in pyproject.toml and guarded by
+tests/test_engine.py, which fails loudly when one of these attributes changes its meaning.
+"""
+
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
+from torch import nn
+
+State = dict[str, torch.Tensor]
+
+
+def no_inference_kernels() -> None:
+    """Keep DeepSpeed from building its shared-memory C++ extension (44 s, needs a compiler), which only inference uses.
+
+    No environment variable turns it off; this table is what decides. For the CPU alone: on CUDA it rules other kernels.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__dict__["__compatible_ops__"] = {"deepspeed_shm_comm": False}
+
+
+def _relink(optimizer: Any, stage: int) -> None:
+    """Stages 1 and 2 link parameters to their optimizer state after the first group's first step only: link all."""
+    if stage in (1, 2):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _partitions(optimizer: Any, stage: int) -> list[torch.Tensor]:
+    """This rank's flat float32 partitions, one or more per parameter group: the base optimizer's parameters."""
+    parts: list[torch.Tensor] = (
+        optimizer.single_partition_of_fp32_groups if stage < 3 else optimizer.fp32_partitioned_groups_flat
+    )
+    return parts
+
+
+def full_weight(parameter: nn.Parameter) -> torch.Tensor:
+    """The whole float32 parameter, on every rank (collective at stage 3)."""
+    weight = safe_get_full_fp32_param(parameter)
+    return weight.detach().reshape(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def get_optimizer_state(engine: Any, stage: int) -> State:
+    """{"momentum_buffer/conv.weight": tensor, ...}, whole, on every rank (collective). Empty before the first step."""
+    base = engine.optimizer.optimizer
+    parts = _partitions(engine.optimizer, stage)
+    first = base.state.get(parts[0], {})
+    tensors = {k: v for k, v in first.items() if isinstance(v, torch.Tensor)}
+    _relink(engine.optimizer, stage)
+    state: State = {}
+    for name, parameter in engine.module.named_parameters():
+        for key, value in tensors.items():
+            if value.numel() == parts[0].numel() and value.dim():
+                whole = safe_get_full_optimizer_state(parameter, key)
+                state[f"{key}/{name}"] = whole.detach().reshape(getattr(parameter, "ds_shape", parameter.shape))
+            else:  # a step counter, equal for all
+                state[f"{key}/{name}"] = value.detach()
+    return state
+
+
+def set_optimizer_state(engine: Any, stage: int, state: State, rank: int, world: int) -> None:
+    """Undo `get_optimizer_state` in an engine that has not stepped, on any stage and world."""
+    if not state:
+        return
+    base = engine.optimizer.optimizer
+    parts = _partitions(engine.optimizer, stage)
+    parameters = dict(engine.module.named_parameters())
+    kinds: dict[str, torch.Tensor] = {}
+    for full_name, value in state.items():
+        kinds.setdefault(full_name.split("/", 1)[0], value)
+    elementwise = [k for k, v in kinds.items() if v.dim()]
+    for part in parts:
+        for key, value in kinds.items():
+            base.state[part][key] = torch.zeros_like(part) if value.dim() else value.clone()
+    _relink(engine.optimizer, stage)
+    for name, parameter in parameters.items():
+        for key in elementwise:
+            value = state[f"{key}/{name}"].to(parameter.device)
+            if stage < 3:
+                safe_set_full_optimizer_state(parameter, value, key)
+            else:  # the library's own setter forgets that the last partition is padded
+                size = parameter.ds_tensor.numel()
+                padded = nn.functional.pad(value.flatten(), (0, size * world - value.numel()))
+                safe_set_local_optimizer_state(parameter, padded.narrow(0, rank * size, size), key)
