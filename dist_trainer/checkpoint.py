@@ -65,7 +65,7 @@ def write(folder: Path, tensors: dict[str, State], state: dict[str, Any]) -> Non
     temporary = folder / f".{MANIFEST}"
     temporary.write_text(json.dumps({"version": VERSION, "files": files}, indent=1))
     _sync(temporary)
-    os.replace(temporary, folder / MANIFEST)
+    temporary.replace(folder / MANIFEST)
     _sync(folder)
 
 
@@ -93,7 +93,7 @@ def _steps(root: Path) -> list[Path]:
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
     """(the newest complete checkpoint under `root` or None, a line for each newer one that was passed over)."""
-    notes = []
+    notes: list[str] = []
     for folder in _steps(root):
         reason = fault(folder)
         if reason is None:
@@ -142,8 +142,16 @@ def load_into(model: nn.Module, weights: State, where: str) -> None:
     """Load weights and buffers. Raises UserError, naming them, for keys or shapes that do not fit."""
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}" for n in own if n in weights and own[n].shape != weights[n].shape]
-    faults = [f"{what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" for what, names in (("missing", missing), ("unexpected", unexpected), ("other shapes", shapes)) if names]
+    shapes = [
+        f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}"
+        for n in own
+        if n in weights and own[n].shape != weights[n].shape
+    ]
+    faults = [
+        f"{what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("other shapes", shapes))
+        if names
+    ]
     if faults:
         raise UserError(f"{where}: does not fit the model ({'; '.join(faults)}); check model.name and model.args")
     model.load_state_dict(weights)

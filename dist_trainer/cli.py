@@ -1,4 +1,4 @@
-"""The command line: `dist-trainer COMMAND CONFIG.yaml [--key.sub value ...]`, the same under `torchrun -m dist_trainer`."""
+"""The command line: `dist-trainer COMMAND CONFIG.yaml [--key.sub value ...]`; under torchrun too."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
@@ -28,7 +28,7 @@ Several --config files merge left to right. --print_config shows the whole confi
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run one command and end the process: 0 done (or stopped in order), 2 the user's mistake in one line, 1 a fault."""
+    """Run one command and end the process: 0 done or stopped in order, 2 the user's mistake, 1 a fault."""
     try:
         status = dispatch(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -168,7 +168,10 @@ def _train(argv: list[str]) -> int:
 def _eval(argv: list[str]) -> int:
     parser = _parser("eval", "Exact accuracy of a checkpoint or a weights file, the same on any number of ranks.")
     parser.add_argument(
-        "--weights", type=str | None, default=None, help="a checkpoint folder or safetensors file; default: the run's best"
+        "--weights",
+        type=str | None,
+        default=None,
+        help="a checkpoint folder or safetensors file; default: the run's best",
     )
     folder = Path(argv[0]) if argv and Path(argv[0]).is_dir() else None
     if folder is not None:
@@ -204,7 +207,9 @@ def _eval(argv: list[str]) -> int:
 def _plan(argv: list[str]) -> int:
     parser = _parser("plan", "Everything that follows from a config, before a node is paid for.")
     parser.add_argument("--gpus", type=int | None, default=None, help="ranks; default: what this machine can use")
-    parser.add_argument("--samples", type=int | None, default=None, help="size of the training set, where it is not here")
+    parser.add_argument(
+        "--samples", type=int | None, default=None, help="size of the training set, where it is not here"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--show", type=str | None, default=None, help="print one figure alone, such as world")
     config, values = _config(parser, argv)
@@ -213,7 +218,9 @@ def _plan(argv: list[str]) -> int:
     figures = plan_figures(config, gpus=values.gpus, num_samples=values.samples, only_world=values.show == "world")
     if values.show is not None:
         if values.show not in figures:
-            raise UserError(f"--show: no figure {values.show!r}{nearest(values.show, figures)}; there are: {', '.join(figures)}")
+            raise UserError(
+                f"--show: no figure {values.show!r}{nearest(values.show, figures)}; there are: {', '.join(figures)}"
+            )
         print(figures[values.show])
     elif values.json:
         print(json.dumps(figures, indent=1))
@@ -232,9 +239,13 @@ def _shards(argv: list[str]) -> int:
     if not argv or argv[0] != "pack":
         raise UserError("shards: say what to do: dist-trainer shards pack SOURCE OUT")
     parser = _parser("shards pack", "Images to WebDataset tars and their index: OUT/train and OUT/val.", config=False)
-    parser.add_argument("source", type=str, help="a folder with train/ and val/ (or class folders), or torchvision/NAME")
+    parser.add_argument(
+        "source", type=str, help="a folder with train/ and val/ (or class folders), or torchvision/NAME"
+    )
     parser.add_argument("out", type=str, help="a folder that will be made")
-    parser.add_argument("--root", type=str | None, default=None, help="where torchvision's files are, or are downloaded to")
+    parser.add_argument(
+        "--root", type=str | None, default=None, help="where torchvision's files are, or are downloaded to"
+    )
     parser.add_argument("--samples_per_shard", type=int, default=2048, help="samples per tar")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle over shards")
     values = _parse(parser, argv[1:])
@@ -248,9 +259,7 @@ def _shards(argv: list[str]) -> int:
     for split, source in find_splits(values.source, Path(values.root) if values.root else None).items():
         out = Path(values.out) / split
         done = 0
-        shards = pack(
-            source, out, samples_per_shard=values.samples_per_shard, seed=values.seed, num_processes=cores()
-        )
+        shards = pack(source, out, samples_per_shard=values.samples_per_shard, seed=values.seed, num_processes=cores())
         for samples in track(shards, f"packing {split}", total=-(-len(source) // values.samples_per_shard)):
             done += samples
         print(f"{out}: {done:,} samples, {len(source.class_names)} classes")

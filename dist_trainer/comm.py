@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from dist_trainer.errors import UserError
 
@@ -83,7 +84,7 @@ def init(timeout_s: float = 600.0) -> World:
     if launched_by_torchrun():
         # The agent would end its ranks with SIGTERM; when the agent itself is killed, the kernel does.
         die_with_parent(signal.SIGTERM)
-        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        store, rank, size = next(rendezvous("env://", rank, size, timeout=timeout))
         if size == local_size:
             # After a restart the agent's store still holds the addresses of the dead ranks (pytorch #135712).
             # The restart count keeps attempts apart; on several hosts each agent counts its own, so not there.
@@ -93,9 +94,7 @@ def init(timeout_s: float = 600.0) -> World:
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     else:
         rank, size = 0, 1
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
-        )
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id)
     host_group = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
     return World(rank, size, local_rank, local_size, device, host_group)
 
@@ -121,7 +120,9 @@ def broadcast_json(world: World, value: Any) -> Any:
     data = bytearray(json.dumps(value).encode() if world.is_main else b"")
     length = torch.tensor([len(data)])
     dist.broadcast(length, 0, group=world.host_group)
-    payload = torch.frombuffer(data, dtype=torch.uint8) if world.is_main else torch.empty(int(length), dtype=torch.uint8)
+    payload = (
+        torch.frombuffer(data, dtype=torch.uint8) if world.is_main else torch.empty(int(length), dtype=torch.uint8)
+    )
     dist.broadcast(payload, 0, group=world.host_group)
     return json.loads(bytes(payload.numpy()))
 
@@ -152,7 +153,7 @@ class PackedSum:
     def __init__(self, head: int, device: torch.device) -> None:
         self._head = head
         self._device = device
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = torch.Stream(device) if device.type == "cuda" else None
         self._pending: tuple[Any, torch.Tensor, torch.Tensor, Any] | None = None
 
     @property
@@ -165,11 +166,11 @@ class PackedSum:
         work = dist.all_reduce(vector, async_op=True)
         head, event = vector[: self._head], None
         if self._side is not None:
-            with torch.cuda.stream(self._side):
+            with self._side:
                 work.wait()
                 head = head.to("cpu", non_blocking=True)
-                event = torch.cuda.Event()
-                event.record()
+                event = torch.Event(self._device)
+                event.record(self._side)
         self._pending = (work, vector, head, event)
 
     def collect(self) -> tuple[list[float], torch.Tensor]:

@@ -38,7 +38,8 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, as YAML would hold them."""
-        return plain(asdict(self))
+        values: dict[str, Any] = plain(asdict(self))
+        return values
 
 
 def plain(value: Any) -> Any:

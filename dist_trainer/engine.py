@@ -1,8 +1,9 @@
 """Forward, backward, reduction, update: DeepSpeed at ZeRO 0 to 3, and its twin on torch's DDP, behind the same verbs.
 
 With zero_state.py the only file that imports deepspeed. The gradient of a step is the exact mean over the valid
-samples of the global batch whatever the world: a micro-batch's loss is its weighted sum times W / (valid samples of the
-step), and both engines average gradients over the W ranks. No update with a gradient that is not finite is ever applied.
+samples of the global batch whatever the world: a micro-batch's loss is its weighted sum times W / (valid samples
+of the step), and both engines average gradients over the W ranks. A gradient that is not finite
+is never applied.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ class EngineConfig:
     backend: Literal["deepspeed", "torch"] = "deepspeed"
     """deepspeed, or torch: plain DistributedDataParallel, the same numbers."""
     zero: Literal[0, 1, 2, 3] = 0
-    """ZeRO stage. 0 is the right one for convolutional networks; the others shard optimizer state, gradients, weights."""
+    """ZeRO stage. 0 suits convolutional networks; 1, 2, 3 shard optimizer state, gradients, weights."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 computes under autocast; weights, their gradients' sums and batch-norm stay float32 in both."""
     clip_grad_norm: float | None = None
@@ -169,7 +170,7 @@ class Engine(Inference):
         return self._micro_step == self.plan.forwards - 1
 
     def step(self) -> bool:
-        """Update the weights. False, on every rank alike, when the gradient was not finite: then nothing was changed."""
+        """Update the weights. False, on every rank alike, when the gradient was not finite: nothing changed then."""
         assert self._micro_step == self.plan.forwards, "a step is plan.forwards micro-batches"
         self._micro_step = 0
         return self._update()
@@ -192,11 +193,10 @@ class Engine(Inference):
         """Give back what the backend holds, before the process group ends."""
 
     def _named_state(self) -> State:
-        names = {parameter: name for name, parameter in self.module.named_parameters()}
         return {
-            f"{key}/{names[parameter]}": value.detach()
-            for parameter, entries in self.optimizer.state.items()
-            for key, value in entries.items()
+            f"{key}/{name}": value.detach()
+            for name, parameter in self.module.named_parameters()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
             if isinstance(value, torch.Tensor)
         }
 
@@ -217,7 +217,7 @@ class TorchEngine(Engine):
         super().__init__(model, *args, **kwargs)
         if self.config.zero:
             raise UserError(f"engine.zero: {self.config.zero} needs engine.backend: deepspeed; torch's DDP is stage 0")
-        model.to(self._device).to(memory_format=self._format)  # type: ignore[call-overload]
+        model.to(self._device).to(memory_format=self._format)
         self.optimizer = optimizer
         self._ddp = nn.parallel.DistributedDataParallel(
             model,

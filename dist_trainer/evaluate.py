@@ -68,13 +68,13 @@ def evaluate(engine: Inference, stream: EvalStream) -> EvalResult:
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="none")
             seen = weight > 0
-            sums += torch.stack(
-                [hits[seen, 0].sum(), hits[seen].sum(), seen.sum(), loss[seen].double().sum()]
-            )
+            sums += torch.stack([hits[seen, 0].sum(), hits[seen].sum(), seen.sum(), loss[seen].double().sum()])
     finally:
         engine.module.train(was_training)
     dist.all_reduce(sums)
     correct1, correct5, counted, loss_sum = sums.tolist()
     if int(counted) != stream.num_samples:
-        raise RuntimeError(f"validation counted {int(counted)} of {stream.num_samples} samples: a bug, please report it")
+        raise RuntimeError(
+            f"validation counted {int(counted)} of {stream.num_samples} samples: a bug, please report it"
+        )
     return EvalResult(int(correct1), int(correct5), int(counted), loss_sum / stream.num_samples)

@@ -20,6 +20,6 @@ def evaluate_weights(config: TrainConfig, weights: Path, world: World, terminal:
     checkpoint.load_into(model, checkpoint.load_weights(weights), str(weights))
     preprocess = Preprocess(mean=config.data.mean, std=config.data.std, channels_last=config.model.channels_last)
     inference = Inference(model.to(world.device), config.engine.precision, preprocess, world)
-    model.to(memory_format=preprocess.memory_format)  # type: ignore[call-overload]
+    model.to(memory_format=preprocess.memory_format)
     stream = EvalStream(val_index, config.data, center_crop(config.eval), config.eval.batch, world)
     return evaluate(inference, stream)

@@ -24,7 +24,7 @@ class ModelConfig(Named):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut (He et al. 2015, figure 2; projection shortcut where the shape changes)."""
+    """Two 3x3 convolutions around a shortcut (He et al. 2015, figure 2), projected where the shape changes."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def _torchvision(name: str, args: dict[str, Any]) -> nn.Module:
 def _timm(name: str, args: dict[str, Any]) -> nn.Module:
     import timm
 
-    if not timm.is_model(name.split(".")[0]):
+    if not timm.is_model(name.partition(".")[0]):
         raise UserError(f"model.name: timm has no {name!r}{nearest(name, timm.list_models())}")
     model: nn.Module = timm.create_model(name, pretrained=False, **args)
     return model
@@ -112,7 +112,9 @@ def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
         return model
     libraries = {"torchvision": _torchvision, "timm": _timm}
     if library not in libraries:
-        raise UserError(f"model.name: {config.name!r}: {library!r} is not a source of models; use timm/ or torchvision/")
+        raise UserError(
+            f"model.name: {config.name!r}: {library!r} is not a source of models; use timm/ or torchvision/"
+        )
     try:
         return libraries[library](name, args)
     except (TypeError, ValueError) as error:

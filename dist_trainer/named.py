@@ -2,10 +2,10 @@
 
 import importlib
 import inspect
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dist_trainer.errors import UserError, nearest
@@ -28,8 +28,9 @@ def resolve(key: str, name: str, builtin: Mapping[str, Any], kind: str) -> Any:
             f"{key}: {name!r} is not a built-in {kind}{nearest(name, builtin)}; your own is written package.module:Name"
         )
     module_name, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # as `python -m` does; a console script does not
-        sys.path.insert(0, os.getcwd())
+    here = str(Path.cwd())
+    if here not in sys.path:  # as `python -m` does; a console script does not
+        sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""World x micro-batch x accumulation = global batch, and what a duration is in steps: the only owner of this arithmetic.
+"""World x micro-batch x accumulation = global batch, and durations in steps: the only owner of this arithmetic.
 
 A global batch of G samples is M = G / m slots of m samples (messages call a slot a micro-batch). Rank r of W
 owns slots [r*M//W, (r+1)*M//W) and runs ceil(M/W) forwards; the surplus ones are ghosts: weight 0, no

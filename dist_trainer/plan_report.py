@@ -12,7 +12,7 @@ from dist_trainer.tricks.learning_rate import LearningRate
 def plan_figures(
     config: TrainConfig, *, gpus: int | None = None, num_samples: int | None = None, only_world: bool = False
 ) -> dict[str, Any]:
-    """Figures by name. `only_world` needs no data: the largest world for this machine. Raises UserError as `train` would."""
+    """Figures by name. `only_world`: just the largest world for this machine. Raises UserError as `train` would."""
     if only_world and gpus is None:
         return {"world": largest_world(config.batch, devices())}
     if num_samples is None:
@@ -61,5 +61,3 @@ def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         f"{f['lr_last']:.3g} at the last",
     }
     return rows, warnings
-
-

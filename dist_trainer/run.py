@@ -3,12 +3,12 @@
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from dist_trainer import checkpoint
-from dist_trainer.comm import StopRequest, World, broadcast_json, on_main
+from dist_trainer.comm import StopRequest, World, on_main
 from dist_trainer.config import TrainConfig
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.sources import open_index, prepare_index
@@ -116,7 +116,7 @@ def open_data(config: TrainConfig, world: World, terminal: Terminal) -> tuple[Sh
 def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, stop: StopRequest) -> Run | RunFolder:
     """Put a run together: from the newest complete checkpoint of its folder, or from the start (collective).
 
-    Returns the folder alone when the run in it is complete. Raises UserError, on every rank, for whatever the user can mend.
+    Returns the folder alone when the run in it is complete. Raises UserError, on every rank, for the user's mistakes.
     """
     train_index, val_index = open_data(config, world, terminal)
     plan = make_plan(
@@ -167,12 +167,16 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
     batch_norm, meter, progress = RunningStatistics(engine.module), Meter(), Progress()
     if state:
         if state["order"] != facts["order"] or state["fingerprint"] != facts["fingerprint"]:
-            raise UserError(f"{resumed_from}: was made with other data or another order of them; use another --run.name")
+            raise UserError(
+                f"{resumed_from}: was made with other data or another order of them; use another --run.name"
+            )
         engine.load_optimizer_state(checkpoint.load_tensors(Path(resumed_from), "optim"))
         meter.load(state["meter"])
         progress = Progress(**{key: state[key] for key in Progress.__dataclass_fields__})
     tracker = Tracker(world, plan.total_steps, terminal)
-    tracker.open(folder.path, progress.step, config.wandb, {**config.as_dict(), "world": world.size, "git": git_revision()})
+    tracker.open(
+        folder.path, progress.step, config.wandb, {**config.as_dict(), "world": world.size, "git": git_revision()}
+    )
     return Run(
         config=config,
         world=world,
@@ -219,8 +223,9 @@ def _claim(folder: RunFolder, config: TrainConfig, what: dict[str, Any], world: 
 def finish_run(run: Run, stopped_by: str | None) -> dict[str, Any]:
     """Write summary.json and STATE, close what was opened, and give the summary back (collective)."""
     seconds = time.perf_counter() - run.started
-    summary = {
-        "state": "stopped" if stopped_by else "done",
+    state: Literal["stopped", "done"] = "stopped" if stopped_by else "done"
+    summary: dict[str, Any] = {
+        "state": state,
         "steps": run.progress.step,
         "epochs": run.plan.epoch(run.progress.step),
         "skipped": run.progress.skipped,
@@ -234,7 +239,7 @@ def finish_run(run: Run, stopped_by: str | None) -> dict[str, Any]:
     def close() -> None:
         run.tracker.close(summary)
         run.folder.write_summary(summary)
-        run.folder.write_state(summary["state"])
+        run.folder.write_state(state)
         run.folder.release()
 
     on_main(run.world, close)

@@ -29,7 +29,7 @@ class RunConfig:
     dir: str = "runs"
     """Where run folders are made."""
     name: str = "auto"
-    """auto: the config's stem and 8 hex digits of everything that changes the result, so that starting again goes on."""
+    """auto: the config's stem and 8 hex digits of all that changes the result, so that starting again goes on."""
     seed: int = 0
     """Of initial weights, order, augmentation and dropout."""
     allow_change: list[str] = field(default_factory=list)
@@ -66,11 +66,11 @@ def _replace_text(path: Path, text: str) -> None:
     """Write atomically: readers see the old or the new file, never half of one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _process_start(pid: int) -> str | None:
-    """When process `pid` of this host started, in clock ticks, or None when it does not run (Linux; zombies do not run)."""
+    """When process `pid` of this host started, in clock ticks, or None when it does not run (Linux)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -160,7 +160,7 @@ class RunFolder:
             if refused:
                 raise UserError(
                     f"{self.path} was started with other values: {'; '.join(refused)}. Use another --run.name, or "
-                    f"accept with --run.allow_change '{json.dumps([k for k in changed])}'"
+                    f"accept with --run.allow_change '{json.dumps(changed)}'"
                 )
             notes = [f"changed: {key} {old.get(key)!r} -> {identity.get(key)!r}" for key in accepted]
         _replace_text(path, json.dumps(identity, indent=1, sort_keys=True))
@@ -203,10 +203,11 @@ class RunFolder:
 
 def git_revision() -> str | None:
     """The revision of the working folder, with `+` when files differ from it; None outside a repository."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        run = lambda *args: subprocess.run(  # noqa: E731
-            ["git", *args], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        return str(run("rev-parse", "HEAD")) + ("+" if run("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None

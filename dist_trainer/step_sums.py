@@ -1,4 +1,4 @@
-"""What the ranks tell each other once per step: loss, counts, stop votes and batch-norm sums, in one asynchronous sum."""
+"""What the ranks tell each other once per step, in one asynchronous sum: loss, counts, stop votes, batch-norm sums."""
 
 import torch
 
@@ -10,7 +10,7 @@ from dist_trainer.tricks.batch_norm import RunningStatistics
 
 
 class StepSums:
-    """`exchange` starts the sum of the step that ends and takes in that of the step before; `finish` waits for the last.
+    """`exchange` starts the sum of the step that ends and takes in the one before; `finish` waits for the last.
 
     Waiting earlier or later changes no value, so logs, evaluations and saves may call `finish` whenever they like.
     """

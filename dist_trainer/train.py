@@ -38,7 +38,7 @@ def train(run: Run) -> str | None:
             return sums.stop
         if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
-                f"step {progress.step}: the gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in a row; nothing of it was "
+                f"step {progress.step}: the gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in a row; none was "
                 "applied. Lower lr, lengthen lr.warmup.duration, or set engine.clip_grad_norm; then start again"
             )
     return None

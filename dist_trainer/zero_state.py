@@ -46,7 +46,8 @@ def _partitions(optimizer: Any, stage: int) -> list[torch.Tensor]:
 def full_weight(parameter: nn.Parameter) -> torch.Tensor:
     """The whole float32 parameter, on every rank (collective at stage 3)."""
     weight = safe_get_full_fp32_param(parameter)
-    return weight.detach().reshape(getattr(parameter, "ds_shape", parameter.shape))
+    whole: torch.Tensor = weight.detach().reshape(getattr(parameter, "ds_shape", parameter.shape))
+    return whole
 
 
 def get_optimizer_state(engine: Any, stage: int) -> State:

@@ -19,13 +19,14 @@ def decode(data: bytes, channels: int) -> torch.Tensor:
     """
     try:
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return decode_image(buffer, _MODES[channels])
+        pixels: torch.Tensor = decode_image(buffer, _MODES[channels])
+        return pixels
     except (RuntimeError, ValueError):
         pass
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
             warnings.simplefilter("ignore")
-            pixels = np.array(image.convert(_PIL_MODES[channels]))
+            array = np.array(image.convert(_PIL_MODES[channels]))
     except Exception as error:  # Pillow's plugins raise whatever they meet
         raise ValueError(f"not a readable image ({error})") from None
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
+    return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1)

@@ -46,7 +46,8 @@ class ShardIndex:
     @property
     def counts(self) -> npt.NDArray[np.int64]:
         """Samples per shard (int64)."""
-        return np.diff(self.first.astype(np.int64))
+        counts: npt.NDArray[np.int64] = self.first[1:].astype(np.int64) - self.first[:-1].astype(np.int64)
+        return counts
 
     @property
     def fingerprint(self) -> str:
@@ -79,7 +80,7 @@ class ShardIndex:
         }
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         save_file(arrays, temporary, metadata=metadata)
-        os.replace(temporary, path)
+        temporary.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "ShardIndex":
@@ -108,7 +109,9 @@ class ShardIndex:
         for shard, size in zip(index.shards, index.sizes, strict=True):
             tar = index.root / shard
             if not tar.exists():
-                raise UserError(f"{tar}: missing, though {path.name} lists it; restore it, or delete {path} to index anew")
+                raise UserError(
+                    f"{tar}: missing, though {path.name} lists it; restore it, or delete {path} to index anew"
+                )
             if tar.stat().st_size != int(size):
                 raise UserError(
                     f"{tar}: {tar.stat().st_size} bytes, but {path.name} says {int(size)}; "

@@ -2,7 +2,6 @@
 
 import inspect
 import io
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -112,7 +111,7 @@ def _write_shard(shard: _Shard) -> ShardScan:
 
 
 def pack(source: Source, out: Path, *, samples_per_shard: int, seed: int, num_processes: int) -> Iterator[int]:
-    """Write `source` into `out`/000000.tar ... and `out`/index.dtx, shuffled over shards with `seed`; yields samples done.
+    """Write `source` into `out`/000000.tar ... and `out`/index.dtx, shuffled with `seed`; yields samples done.
 
     `out` appears when it is whole. Raises UserError when it exists.
     """
@@ -134,7 +133,7 @@ def pack(source: Source, out: Path, *, samples_per_shard: int, seed: int, num_pr
             scans.append(scan)
             yield len(shard.items)
     join(partial, [shard.path.name for shard in shards], scans, source.class_names).save(partial / FILE_NAME)
-    os.replace(partial, out)
+    partial.replace(out)
 
 
 def find_splits(source: str, root: Path | None) -> dict[str, Source]:

@@ -35,7 +35,7 @@ class TarReader:
         return descriptor
 
     def read(self, ids: np.ndarray) -> Iterable[bytes]:
-        """The encoded image of each id. Raises UserError, naming shard and byte, where the bytes are not the index's."""
+        """The encoded image of each id. Raises UserError, naming shard and byte, for bytes that were not indexed."""
         for sample, shard in zip(ids.tolist(), self._index.shard_of(ids).tolist(), strict=True):
             try:
                 data = os.pread(self._descriptor(shard), self._length[sample], self._offset[sample])

@@ -1,4 +1,4 @@
-"""Build the index of WebDataset tars, strictly: what plain readers skip in silence fails here, with shard and offset."""
+"""Build the index of WebDataset tars, strictly: what plain readers skip in silence fails here, by shard and byte."""
 
 import io
 import struct
@@ -21,6 +21,7 @@ from dist_trainer.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 LABEL_SUFFIX = "cls"
+_MAX_LABEL = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,73 @@ class ShardScan:
 
 
 def _image_size(data: bytes) -> tuple[int, int]:
-    """(width, height) from an image's header; PNG's is read directly, as Pillow's costs more than the rest of a sample."""
+    """(width, height) from an image's header; PNG's is read directly: Pillow would cost more than all the rest."""
     if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR":
         return struct.unpack(">II", data[16:24])
     with Image.open(io.BytesIO(data)) as image:
         return image.size
+
+
+class _Scanner:
+    """Collects the members of one tar into samples: `add` each file, then `finish`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.rows: list[tuple[Any, ...]] = []
+        self._seen: set[str] = set()
+        self._key = ""
+        self._start(0)
+
+    def _start(self, offset: int) -> None:
+        self._begin, self._image, self._label = offset, None, None
+
+    _image: tuple[int, bytes] | None
+    _label: int | None
+
+    def bad(self, offset: int, reason: str) -> UserError:
+        return UserError(f"{self._path}: at byte {offset}: {reason}")
+
+    def add(self, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
+        key, suffix = base_plus_ext(member.name)
+        if key is None:
+            return
+        if key != self._key:
+            self.finish()
+            if key in self._seen:
+                raise self.bad(member.offset, f"key {key!r} comes again, apart from its first place")
+            self._seen.add(key)
+            self._key = key
+            self._start(member.offset)
+        file = tar.extractfile(member)
+        if file is None:
+            return
+        if suffix.lower() in IMAGE_SUFFIXES:
+            if self._image is not None:
+                raise self.bad(member.offset, f"sample {key!r} has two images")
+            self._image = (member.offset_data, file.read())
+        elif suffix.lower() == LABEL_SUFFIX:
+            if self._label is not None:
+                raise self.bad(member.offset, f"sample {key!r} has two labels")
+            text = file.read().decode("ascii", "replace").strip()
+            if not text.isdecimal() or int(text) > _MAX_LABEL:
+                raise self.bad(member.offset, f"the label of sample {key!r} is {text!r}, not a class number")
+            self._label = int(text)
+
+    def finish(self) -> None:
+        """End the sample that was being collected."""
+        if not self._key:
+            return
+        if self._image is None:
+            raise self.bad(self._begin, f"sample {self._key!r} has no image ({', '.join(IMAGE_SUFFIXES)})")
+        if self._label is None:
+            raise self.bad(self._begin, f"sample {self._key!r} has no label (.{LABEL_SUFFIX})")
+        offset, data = self._image
+        try:
+            width, height = _image_size(data)
+        except (UnidentifiedImageError, OSError, struct.error):
+            raise self.bad(offset, f"the image of sample {self._key!r} does not decode") from None
+        self.rows.append((offset, len(data), self._label, zlib.crc32(data), width, height))
+        self._key = ""
 
 
 def scan_tar(path: Path) -> ShardScan:
@@ -46,76 +109,34 @@ def scan_tar(path: Path) -> ShardScan:
     end), a truncation, a key that comes twice or in two places, a sample without image or label, a label that is no
     number, an image whose header does not parse.
     """
-
-    def bad(offset: int, reason: str) -> UserError:
-        return UserError(f"{path}: at byte {offset}: {reason}")
-
-    size = path.stat().st_size
-    rows: list[tuple[Any, ...]] = []
-    seen: set[str] = set()
-    current = ""
-    image: tuple[int, bytes] | None = None
-    label: int | None = None
-    begin = 0
-
-    def finish() -> None:
-        if not current:
-            return
-        if image is None:
-            raise bad(begin, f"sample {current!r} has no image ({', '.join(IMAGE_SUFFIXES)})")
-        if label is None:
-            raise bad(begin, f"sample {current!r} has no label (.{LABEL_SUFFIX})")
-        offset, data = image
-        try:
-            width, height = _image_size(data)
-        except (UnidentifiedImageError, OSError, struct.error):
-            raise bad(offset, f"the image of sample {current!r} does not decode") from None
-        rows.append((offset, len(data), label, zlib.crc32(data), width, height))
-
+    scanner = _Scanner(path)
+    size, end = path.stat().st_size, 0
     try:
         with tarfile.open(path, "r:") as tar:
-            end = 0
             for member in tar:
-                padded = member.offset_data + -(-member.size // 512) * 512
-                if padded > size:
-                    raise bad(member.offset, f"{member.name!r} is cut short: the tar ends at byte {size}")
-                end = padded
-                if not member.isfile():
-                    continue
-                prefix, suffix = base_plus_ext(member.name)
-                if prefix is None:
-                    continue
-                if prefix != current:
-                    finish()
-                    if prefix in seen:
-                        raise bad(member.offset, f"key {prefix!r} comes again, apart from its first place")
-                    seen.add(prefix)
-                    current, image, label, begin = prefix, None, None, member.offset
-                suffix = suffix.lower()
-                if suffix in IMAGE_SUFFIXES:
-                    if image is not None:
-                        raise bad(member.offset, f"sample {prefix!r} has two images")
-                    image = (member.offset_data, tar.extractfile(member).read())  # type: ignore[union-attr]
-                elif suffix == LABEL_SUFFIX:
-                    if label is not None:
-                        raise bad(member.offset, f"sample {prefix!r} has two labels")
-                    text = tar.extractfile(member).read().decode("ascii", "replace").strip()  # type: ignore[union-attr]
-                    if not text.isdecimal() or int(text) > 2**31 - 1:
-                        raise bad(member.offset, f"the label of sample {prefix!r} is {text!r}, not a class number")
-                    label = int(text)
-            finish()
+                end = member.offset_data + -(-member.size // 512) * 512
+                if end > size:
+                    raise scanner.bad(member.offset, f"{member.name!r} is cut short: the tar ends at byte {size}")
+                if member.isfile():
+                    scanner.add(member, tar)
+            scanner.finish()
     except tarfile.TarError as error:
         raise UserError(f"{path}: not a readable tar ({error})") from None
+    _check_end(scanner, path, end)
+    return ShardScan(np.array(scanner.rows, SAMPLE), size)
+
+
+def _check_end(scanner: _Scanner, path: Path, end: int) -> None:
+    """After the last member, at byte `end`, there must be the end marker of 1,024 zeros and nothing but zeros."""
     with path.open("rb") as file:
         file.seek(end)
-        rest = end
+        at = end
         while block := file.read(1 << 20):
             if block.count(0) != len(block):
-                raise bad(rest, "a destroyed header: data follow where the tar seems to end")
-            rest += len(block)
-    if rest - end < 1024:
-        raise bad(end, "the end marker is missing: the tar was cut short")
-    return ShardScan(np.array(rows, SAMPLE), size)
+                raise scanner.bad(at, "a destroyed header: data follow where the tar seems to end")
+            at += len(block)
+    if at - end < 1024:
+        raise scanner.bad(end, "the end marker is missing: the tar was cut short")
 
 
 def join(root: Path, names: Sequence[str], scans: Sequence[ShardScan], class_names: Sequence[str] = ()) -> ShardIndex:

@@ -1,7 +1,6 @@
 """metrics.jsonl: one JSON object per line, `step` (updates made) and `epoch` in each; the source of every plot."""
 
 import json
-import os
 from pathlib import Path
 
 
@@ -14,7 +13,7 @@ class MetricsFile:
             kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_step]
             temporary = path.with_name(f".{path.name}")
             temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, path)
+            temporary.replace(path)
 
     def write(self, step: int, metrics: dict[str, float | int]) -> None:
         """One write call per line: a reader, or a kill, sees whole lines."""

@@ -50,7 +50,9 @@ class Tracker:
         if self._world.is_main:
             self.terminal.train_line(step, self._total_steps, metrics)
 
-    def evaluation(self, step: int, epoch: float, name: str, metrics: dict[str, float], num_samples: int, best: float) -> None:
+    def evaluation(
+        self, step: int, epoch: float, name: str, metrics: dict[str, float], num_samples: int, best: float
+    ) -> None:
         """Metrics of one evaluation under `name`/, such as val/top1."""
         self._write(step, {"epoch": epoch, **{f"{name}/{key}": value for key, value in metrics.items()}})
         self.terminal.eval_line(step, metrics, num_samples, best)

@@ -1,4 +1,4 @@
-"""Weights & Biases, on rank 0: one W&B run per training run, continued after a restart. The only file that imports wandb."""
+"""Weights & Biases, on rank 0: one W&B run per training run, continued after a restart. Only here is wandb imported."""
 
 import netrc
 import os

@@ -24,7 +24,8 @@ class RunningStatistics:
 
     def __init__(self, model: nn.Module) -> None:
         named = [
-            (name, layer) for name, layer in model.named_modules()
+            (name, layer)
+            for name, layer in model.named_modules()
             if isinstance(layer, BatchNorm) and layer.running_mean is not None
         ]
         self._layers = [layer for _, layer in named]
@@ -42,7 +43,7 @@ class RunningStatistics:
         self._momentum = torch.repeat_interleave(
             torch.tensor(momenta, dtype=torch.float32), torch.tensor(sizes, dtype=torch.int64)
         ).to(device)
-        views = iter(self._batch.split(sizes)) if sizes else iter(())
+        views = iter(torch.split(self._batch, sizes)) if sizes else iter(())
         for layer in self._layers:
             layer.running_mean, layer.running_var = next(views), next(views)
             layer.momentum = 1.0

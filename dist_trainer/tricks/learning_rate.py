@@ -37,7 +37,7 @@ def constant(t: int, total: int) -> float:
 
 
 def cosine(t: int, total: int, *, end: float = 0.0) -> float:
-    """From 1 at t=0 along a half cosine to `end` (a fraction of the peak) at t=total (Loshchilov, Hutter 2017, eq. 5)."""
+    """From 1 at t=0 along a half cosine to `end` (a fraction of the peak) at t=total (Loshchilov 2017, eq. 5)."""
     return end + (1.0 - end) * 0.5 * (1.0 + math.cos(math.pi * t / total))
 
 

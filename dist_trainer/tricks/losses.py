@@ -16,7 +16,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(Named):
     name: str = "cross_entropy"
-    """cross_entropy, or package.module:Name, called with args, that maps float32 logits [m, K] and int64 labels [m] to [m]."""
+    """cross_entropy, or package.module:Name: called with args, gives f(float32 [m, K], int64 labels [m]) -> [m]."""
     args: dict[str, Any] = field(default_factory=dict)
     """For your own loss."""
     label_smoothing: float = 0.0

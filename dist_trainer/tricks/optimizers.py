@@ -33,7 +33,9 @@ class OptimizerConfig(Named):
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD}
 
 
-def decay_groups(model: nn.Module, weight_decay: float, no_decay: list[Literal["norm", "bias"]]) -> list[dict[str, Any]]:
+def decay_groups(
+    model: nn.Module, weight_decay: float, no_decay: list[Literal["norm", "bias"]]
+) -> list[dict[str, Any]]:
     """One or two parameter groups. Parameters are told apart by the type of their module, never by name.
 
     A name test such as "bn" misses torchvision's `downsample.1`.

@@ -1,0 +1,60 @@
+# make demo    install, prepare Fashion-MNIST, train on it with as many ranks as this machine has devices (2 at most)
+# make test    install what tests need, lint, types, tests (12 minutes at most);  make test-slow: the long proofs
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG := configs/fashion_mnist.yaml
+DATA := data/fashion_mnist
+RAW := data/raw/FashionMNIST/raw
+RUNS := runs/demo
+DEBIAN := /usr/share/datasets/fashion-mnist
+
+.PHONY: install test-needs demo test test-slow lint data
+.DELETE_ON_ERROR:
+
+install: $(VENV)/installed
+test-needs: $(VENV)/installed-test
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch torchvision
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+# The images come from Debian's package where there is one; otherwise torchvision downloads them.
+data: $(DATA)/val/index.dtx
+
+$(RAW)/train-images-idx3-ubyte: $(VENV)/installed
+	@mkdir -p $(RAW)
+	@if [ ! -d $(DEBIAN) ] && command -v apt-get >/dev/null; then \
+	  (cd data/raw && (apt-get download dataset-fashion-mnist || (apt-get update -qq; apt-get download dataset-fashion-mnist)) \
+	    && dpkg -x dataset-fashion-mnist_*.deb debian && rm dataset-fashion-mnist_*.deb) >/dev/null 2>&1 || true; fi
+	@for folder in $(DEBIAN) data/raw/debian$(DEBIAN); do if [ -d $$folder ]; then \
+	  for file in $$folder/*.gz; do gunzip -c $$file > $(RAW)/$$(basename $$file .gz); done; break; fi; done
+	@[ -e $@ ] || $(BIN)/python -c "from torchvision.datasets import FashionMNIST; FashionMNIST('data/raw', download=True)"
+
+$(DATA)/val/index.dtx: $(RAW)/train-images-idx3-ubyte
+	rm -rf $(DATA)
+	$(BIN)/dist-trainer shards pack torchvision/FashionMNIST $(DATA) --root data/raw
+
+demo: install data
+ifdef FRESH
+	rm -rf $(RUNS)
+endif
+	@launch=$$(pwd)/launch/local.sh; PATH="$$(pwd)/$(BIN):$$PATH" "$$launch" train $(CONFIG) --run.dir $(RUNS)
+
+lint: test-needs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint data
+	$(BIN)/pytest -q
+
+test-slow: test-needs data
+	$(BIN)/pytest -q -m slow

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Start a command on all devices of this box: launch/local.sh train CONFIG.yaml [--key.sub value ...]
+# Ranks: as many as there are GPUs (or cores), and no more than the config can feed. NPROC=N decides it by hand.
+set -euo pipefail
+if [ $# -lt 2 ]; then echo "usage: $0 COMMAND CONFIG.yaml [--key.sub value ...]" >&2; exit 2; fi
+NPROC=${NPROC:-$(dist-trainer plan "${@:2}" --show world)}
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores >= NPROC ? cores / NPROC : 1))}
+# Without it, torchrun's restarts read the dead ranks' addresses.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+exec torchrun --standalone --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-0}" -m dist_trainer "$@"
