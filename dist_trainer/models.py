@@ -23,60 +23,57 @@ class ModelConfig(Named):
     """Memory layout of images and, at ZeRO 0, of weights."""
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut (He et al. 2015, figure 2), projected where the shape changes."""
+class PreActBlock(nn.Module):
+    """Two 3x3 convolutions, each after batch-norm and ReLU, around a shortcut (He et al. 2016, figure 4e)."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut: nn.Module = nn.Identity()
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.shortcut: nn.Module | None = None
         if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
+            self.shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x), inplace=True)
+        pre = F.relu(self.bn1(x), inplace=True)
+        y = self.conv2(F.relu(self.bn2(self.conv1(pre)), inplace=True))
+        return y + (x if self.shortcut is None else self.shortcut(pre))  # type: ignore[no-any-return]
 
 
 class SmallResNet(nn.Module):
-    """A residual network for small images: a 3x3 stem of stride 2, then stages that halve the resolution.
+    """A pre-activation residual network for small images: a 3x3 stem of stride 2, then stages that halve the resolution.
 
-    `widths` and `depths` give channels and blocks per stage. The last scale of each block starts at zero
-    (Goyal et al. 2017, section 5.1). Maps [m, in_channels, H, W] to [m, num_classes].
+    `widths` and `depths` give channels and blocks per stage. Maps [m, in_channels, H, W] to [m, num_classes].
     """
 
     def __init__(
         self,
         num_classes: int = 10,
         in_channels: int = 1,
-        widths: Sequence[int] = (32, 64, 96),
-        depths: Sequence[int] = (1, 1, 1),
+        widths: Sequence[int] = (64, 96),
+        depths: Sequence[int] = (2, 1),
+        stem_width: int = 32,
     ) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(in_channels, widths[0], 3, stride=2, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(widths[0])
+        self.stem = nn.Conv2d(in_channels, stem_width, 3, stride=2, padding=1, bias=False)
         blocks: list[nn.Module] = []
-        channels = widths[0]
-        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        channels = stem_width
+        for width, depth in zip(widths, depths, strict=True):
             for block in range(depth):
-                blocks.append(BasicBlock(channels, width, stride=2 if stage and not block else 1))
+                blocks.append(PreActBlock(channels, width, stride=1 if block else 2))
                 channels = width
         self.blocks = nn.Sequential(*blocks)
+        self.bn = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if isinstance(module, BasicBlock):
-                nn.init.zeros_(module.bn2.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.bn(self.stem(x)), inplace=True)
-        output: torch.Tensor = self.fc(self.blocks(x).mean((2, 3)))
+        x = F.relu(self.bn(self.blocks(self.stem(x))), inplace=True)
+        output: torch.Tensor = self.fc(x.mean((2, 3)))
         return output
 
 

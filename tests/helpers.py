@@ -1,0 +1,84 @@
+"""Small images, image folders, tars and data sets for the tests."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_trainer.data.index import ShardIndex
+from dist_trainer.data.pack import FolderSource, pack
+from dist_trainer.data.scan import join, scan_tar
+from dist_trainer.errors import UserError
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("no deadline")
+
+Members = list[tuple[str, bytes]]
+
+
+def png(rng: np.random.Generator, height: int = 8, width: int = 8) -> bytes:
+    """A PNG of random RGB pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pixels(data: bytes) -> np.ndarray:
+    """uint8 [3, H, W] as Pillow decodes them."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.array(image.convert("RGB")).transpose(2, 0, 1)
+
+
+def pack_images(folder: Path, *, num_samples: int, num_classes: int, per_shard: int) -> Path:
+    """Random PNGs in `folder`/images/CLASS, packed with `pack` into `folder`/packed, which is returned."""
+    rng = np.random.default_rng(0)
+    for number in range(num_samples):
+        path = folder / "images" / f"class_{number % num_classes}" / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(rng, height=10, width=12))
+    out = folder / "packed"
+    source = FolderSource(folder / "images")
+    assert sum(pack(source, out, samples_per_shard=per_shard, seed=0, num_processes=1)) == num_samples
+    return out
+
+
+def write_tar(path: Path, members: Members) -> Path:
+    """A tar by Python's tarfile, in the given order."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def members_of(path: Path) -> dict[str, tarfile.TarInfo]:
+    """Python's own view of a tar, by member name."""
+    with tarfile.open(path) as tar:
+        return {member.name: member for member in tar}
+
+
+def sample_members(num_samples: int, size: int = 8) -> Members:
+    """`num_samples` labelled images, as the members of a tar."""
+    rng = np.random.default_rng(1)
+    members = []
+    for number in range(num_samples):
+        members += [(f"{number:03d}.cls", str(number % 3).encode()), (f"{number:03d}.png", png(rng, size, size))]
+    return members
+
+
+def index_of(*tars: Path) -> ShardIndex:
+    """Tars of one folder, scanned in this process."""
+    return join(tars[0].parent, [tar.name for tar in tars], [scan_tar(tar) for tar in tars])
+
+
+def message(caught: pytest.ExceptionInfo[UserError]) -> str:
+    """The text of a UserError, which must be one line."""
+    text = str(caught.value)
+    assert text
+    assert "\n" not in text, f"more than one line: {text!r}"
+    return text

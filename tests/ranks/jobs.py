@@ -1,0 +1,66 @@
+"""Runs several trainings in one start of the ranks: torchrun jobs.py JOBS.json FOLDER.
+
+A job is {"name", "argv"} and may have: "stop_at" and "stop_rank" (that rank asks to stop when this step begins),
+"record" (write the sample ids of every slot that this rank runs), "eval" (score these weights instead of training).
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_trainer import cli, comm
+from dist_trainer.evaluation_run import evaluate_weights
+from dist_trainer.log.console import Terminal
+from dist_trainer.run import Run, finish_run, start_run
+from dist_trainer.train import train
+
+
+def observe(run: Run, stop: comm.StopRequest, job: dict[str, Any], folder: Path) -> None:
+    """Look at every micro-batch that passes, without changing it."""
+    forward_backward = run.engine.forward_backward
+    seen: list[dict[str, Any]] = []
+
+    def watched(batch: Any) -> torch.Tensor:
+        address = batch.address
+        seen.append(
+            {
+                "step": address.step,
+                "slot": address.slot,
+                "ghost": address.ghost,
+                "ids": batch.ids.tolist(),
+                "weight": batch.weight.tolist(),
+                "pixels": int(batch.images.sum()),
+            }
+        )
+        if address.step == job.get("stop_at") and run.world.rank == job.get("stop_rank", 0):
+            stop.signal = "SIGTERM"
+        if job.get("record"):
+            (folder / f"{job['name']}-rank{run.world.rank}.json").write_text(json.dumps(seen))
+        return forward_backward(batch)
+
+    run.engine.forward_backward = watched  # type: ignore[method-assign]
+
+
+def main() -> None:
+    jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    world = comm.init()
+    for job in jobs:
+        parser = cli._parser("train", "")
+        config, _ = cli._config(parser, [*job["argv"], f"--run.dir={folder}", f"--run.name={job['name']}"])
+        stop = comm.StopRequest()
+        if "eval" in job:
+            result = evaluate_weights(config, Path(job["eval"]), world, Terminal(active=False))
+            (folder / f"{job['name']}.json").write_text(json.dumps(vars(result)))
+            continue
+        run = start_run(config, "job", world, Terminal(active=world.is_main), stop)
+        assert isinstance(run, Run), f"{job['name']} is complete already"
+        observe(run, stop, job, folder)
+        finish_run(run, train(run))
+    comm.shutdown()
+
+
+if __name__ == "__main__":
+    main()

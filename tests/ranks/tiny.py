@@ -1,0 +1,52 @@
+"""Parts that tests name in configs as tiny:Name."""
+
+import os
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class SmoothNet(nn.Module):
+    """Convolutions, batch-norm, dropout and no kink: where an activation has none, rounding cannot choose another branch."""
+
+    def __init__(self, num_classes: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 8, 3, stride=2, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(16, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.silu(self.bn1(self.conv1(x)))
+        x = F.silu(self.bn2(self.conv2(x)))
+        return self.fc(self.dropout(x.mean((2, 3))))  # type: ignore[no-any-return]
+
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Scaled:
+    """Cross-entropy times a factor: gradients far longer than 1."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.factor * F.cross_entropy(logits, labels, reduction="none")
+
+
+class Poisoned:
+    """Cross-entropy, but not a number in some calls on one rank."""
+
+    def __init__(self, calls: list[int], rank: int) -> None:
+        self.calls = calls if int(os.environ.get("RANK", 0)) == rank else []
+        self.call = -1
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        self.call += 1
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        return loss * float("nan") if self.call in self.calls else loss
