@@ -27,6 +27,10 @@ from dist_trainer.tricks.losses import Loss
 
 State = dict[str, torch.Tensor]
 
+# Said on every rank and step, of names that other versions still need.
+warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated.*", category=FutureWarning)
+warnings.filterwarnings("ignore", message=r"`broadcast_buffers` is deprecated.*", category=FutureWarning)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -254,7 +258,6 @@ class DeepSpeedEngine(Engine):
         super().__init__(model, *args, **kwargs)
         if self._device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated.*")
         import deepspeed
 
         from dist_trainer import zero_state

@@ -1,10 +1,12 @@
 """A training run. `train` is the loop and everything that happens in it, in order; setup.py builds what it uses."""
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from dist_trainer import checkpoint
 from dist_trainer.comm import on_main
+from dist_trainer.data.stream import Batch
 from dist_trainer.errors import UserError
 from dist_trainer.evaluate import evaluate
 from dist_trainer.run import Run
@@ -14,22 +16,15 @@ MAX_SKIPPED_IN_A_ROW = 20
 
 def train(run: Run) -> str | None:
     """Train from where `run` stands to the end. Returns None, or the name of the signal that stopped it before."""
-    plan, engine, sums, progress = run.plan, run.engine, run.sums, run.progress
+    plan, sums, progress = run.plan, run.sums, run.progress
     if plan.due(progress.step, run.every.eval) and progress.evaluated_step < progress.step:
         validate(run)  # a stop came between a step and its evaluation
         save(run)
     for step, batches in run.stream.steps(start=progress.step):
-        rate = run.learning_rate(step)
-        engine.set_lr(rate)
-        for batch in run.meter.timed(batches):  # this rank's plan.forwards micro-batches, ghosts last
-            sums.add(engine.forward_backward(batch), batch)
-        applied = engine.step()  # never with a gradient that is not finite
-        sums.exchange(applied)  # asynchronous: takes in the step before
-        progress.count(applied)
-
+        train_step(run, step, batches)
         if plan.due(progress.step, run.every.log):
             sums.finish()
-            run.tracker.train(progress.step, training_metrics(run, rate))
+            run.tracker.train(progress.step, training_metrics(run))
         if plan.due(progress.step, run.every.eval) and not sums.stop:
             validate(run)
         if plan.due(progress.step, run.every.checkpoint) or sums.stop:
@@ -44,12 +39,22 @@ def train(run: Run) -> str | None:
     return None
 
 
-def training_metrics(run: Run, rate: float) -> dict[str, float | int]:
+def train_step(run: Run, step: int, batches: Iterator[Batch]) -> None:
+    """One update from this rank's plan.forwards micro-batches, ghosts last."""
+    run.engine.set_lr(run.learning_rate(step))
+    for batch in run.meter.timed(batches):
+        run.sums.add(run.engine.forward_backward(batch), batch)
+    applied = run.engine.step()  # never with a gradient that is not finite
+    run.sums.exchange(applied)  # asynchronous: takes in the step before
+    run.progress.count(applied)
+
+
+def training_metrics(run: Run) -> dict[str, float | int]:
     """Metrics since the last call, by their documented names (log/tracker.py)."""
     return {
         "epoch": run.plan.epoch(run.progress.step),
         **run.meter.take(),
-        "train/lr": rate,
+        "train/lr": run.learning_rate(run.progress.step - 1),
         "train/grad_norm": float(run.engine.grad_norm),
         "train/skipped": run.progress.skipped,
     }

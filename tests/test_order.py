@@ -124,7 +124,7 @@ def test_every_order_is_a_bijection(counts: list[int], spec: OrderSpec, epoch: i
 def test_a_slice_of_the_order_does_not_depend_on_how_it_is_asked_for(
     counts: list[int], spec: OrderSpec, epoch: int, data: st.DataObject
 ) -> None:
-    """Any slices, in any sequence, are those of the whole epoch, for a reader that starts there and for one that goes on.
+    """Any slices, in any sequence, are those of the whole epoch, for a reader that starts there or goes on.
 
     Fails when the window that is kept per lane is not told apart by its number.
     """

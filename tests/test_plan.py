@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 from helpers import message
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from dist_trainer.errors import UserError
@@ -179,7 +179,15 @@ def test_durations_convert() -> None:
     """
     plan = plan_of(128, 2, 1, 60_000, "8ep")
     assert (plan.steps_per_epoch, plan.total_steps) == (235, 1880)
-    hand = {"2ep": 470, "0.5ep": 117.5, "500step": 500, "128000sample": 500, "5%": 94, " 3 eps ": 705, "10samples": 10 / 256}
+    hand = {
+        "2ep": 470,
+        "0.5ep": 117.5,
+        "500step": 500,
+        "128000sample": 500,
+        "64samples": 0.25,
+        "5%": 94,
+        " 3 eps ": 705,
+    }
     assert {text: plan.steps(Duration.parse(text, "x")) for text in hand} == pytest.approx(hand, rel=1e-12)
     assert plan.epoch(470) == 2.0
     assert plan_of(128, 2, 1, 60_000, "0.5ep").total_steps == 118  # no part of the run is lost
@@ -191,12 +199,13 @@ def test_durations_convert() -> None:
     interval=st.fractions(min_value=Fraction(1, 12), max_value=5, max_denominator=12),
     epochs=st.integers(1, 6),
 )
+@example(steps_per_epoch=7, interval=Fraction(1, 5), epochs=2)  # 7 / (0.2 * 7) is just below 5
 def test_what_is_due_every_so_often_happens_once_per_interval_and_at_the_end(
     steps_per_epoch: int, interval: Fraction, epochs: int
 ) -> None:
     """The k-th time is the first whole step at or after k intervals, in exact arithmetic; an interval is >= 1 step.
 
-    Fails without the small term in `due` (3 x 1/3 epoch), or when the end is left out.
+    Fails without the small term in `due`, or when the end is left out.
     """
     plan = plan_of(1, 1, 1, steps_per_epoch, f"{epochs}ep")
     exact = max(Fraction(1), interval * steps_per_epoch)

@@ -1,0 +1,180 @@
+"""Step time of our loop at ZeRO 0 to 3, and on torch's DDP, against a bare DDP loop: same model, data, precision, ranks.
+
+    python benchmarks/engine.py [--quick] [--json FILE] [--ranks 2] [--rounds 7]
+
+The bare loop is what one writes without a library: normalise, forward under autocast, loss, backward, SGD step, clear.
+Ours does besides: the learning rate, the finite check, loss and counts, world-independent batch-norm statistics, stop
+votes. All sides live in the same processes and take turns, so that a slow moment of the machine meets all of them;
+the figure is the median over the rounds, the ratio the median of each round's ratio.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+MODELS = {
+    # name: (model, its arguments, channels, pixels, samples per rank, steps per side and round)
+    "demo": ("small_resnet", {"in_channels": 1}, 1, 28, 128, 20),
+    "resnet18_64px": ("torchvision/resnet18", {}, 3, 64, 32, 6),
+}
+MEAN, STD = 0.5, 0.25
+
+
+def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[int], None]]:
+    """Name -> a function that trains that many steps."""
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+
+    from dist_trainer.comm import StopRequest
+    from dist_trainer.data.stream import Batch, SlotAddress
+    from dist_trainer.engine import EngineConfig, Preprocess, build_engine
+    from dist_trainer.log.meter import Meter
+    from dist_trainer.models import ModelConfig, build_model
+    from dist_trainer.plan import BatchConfig, Duration, make_plan
+    from dist_trainer.run import Progress
+    from dist_trainer.step_sums import StepSums
+    from dist_trainer.train import train_step
+    from dist_trainer.tricks.batch_norm import RunningStatistics
+    from dist_trainer.tricks.learning_rate import LearningRate, LearningRateConfig
+    from dist_trainer.tricks.losses import LossConfig, build_loss
+    from dist_trainer.tricks.optimizers import OptimizerConfig, build_optimizer, decay_groups
+
+    model_name, args, channels, pixels, size, _ = MODELS[name]
+    config = ModelConfig(name=model_name, args=args)
+    optimizer = OptimizerConfig(args={"momentum": 0.9, "nesterov": True}, weight_decay=5e-4)
+    generator = torch.Generator().manual_seed(world.rank)
+    images = [
+        torch.randint(0, 256, (size, channels, pixels, pixels), dtype=torch.uint8, generator=generator)
+        for _ in range(8)
+    ]
+    labels = [torch.randint(0, 10, (size,), generator=generator) for _ in range(8)]
+
+    def bare() -> Callable[[int], None]:
+        model = build_model(config, 10, 0).to(world.device).to(memory_format=torch.channels_last)
+        groups = decay_groups(model, optimizer.weight_decay, optimizer.no_decay)
+        sgd = torch.optim.SGD(groups, lr=0.01, **optimizer.args)
+        ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        def steps(count: int) -> None:
+            for step in range(count):
+                x = images[step % 8].to(world.device, torch.float32, memory_format=torch.channels_last)
+                x = x.mul_(1 / (255 * STD)).sub_(MEAN / STD)
+                with torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    logits = ddp(x)
+                F.cross_entropy(logits.float(), labels[step % 8].to(world.device), label_smoothing=0.1).backward()
+                sgd.step()
+                sgd.zero_grad(set_to_none=True)
+
+        return steps
+
+    def ours(backend: str, zero: int) -> Callable[[int], None]:
+        plan = make_plan(
+            BatchConfig(global_batch=size * world.size, micro_batch=size),
+            Duration.parse("1000000step", "duration"),
+            world=world.size,
+            num_samples=size * world.size * 1000,
+        )
+        model = build_model(config, 10, 0)
+        engine = build_engine(
+            EngineConfig(backend=backend, zero=zero, precision=precision),  # type: ignore[arg-type]
+            model,
+            build_optimizer(optimizer, model),
+            build_loss(LossConfig(label_smoothing=0.1)),
+            plan,
+            world,
+            Preprocess(mean=[MEAN] * channels, std=[STD] * channels, channels_last=True),
+            0,
+        )
+        batch_norm, meter = RunningStatistics(engine.module), Meter()
+        run: Any = SimpleNamespace(
+            engine=engine,
+            learning_rate=LearningRate(LearningRateConfig(peak=0.01), plan),
+            meter=meter,
+            sums=StepSums(plan, batch_norm, meter, StopRequest(), world.device),
+            progress=Progress(),
+        )
+        ones, ids = torch.ones(size), torch.zeros(size, dtype=torch.int64)
+
+        def steps(count: int) -> None:
+            for step in range(count):
+                batch = Batch(images[step % 8], labels[step % 8], ones, ids, SlotAddress(step, world.rank))
+                train_step(run, step, iter([batch]))
+            run.sums.finish()
+
+        return steps
+
+    sides = {"bare DDP": bare(), "ours, DDP": ours("torch", 0)}
+    sides |= {f"ours, ZeRO {zero}": ours("deepspeed", zero) for zero in (0, 1, 2, 3)}
+    dist.barrier()
+    return sides
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    import torch
+    import torch.distributed as dist
+
+    from dist_trainer import comm
+
+    world = comm.init()
+    results: dict[str, dict[str, Any]] = {}
+    for name, (*_, count) in MODELS.items():
+        count = max(2, count // 3) if arguments.quick else count
+        for precision in ("bf16",) if arguments.quick else ("bf16", "fp32"):
+            sides = build_sides(name, precision, world)
+            times: dict[str, list[float]] = {side: [] for side in sides}
+            for round_number in range(arguments.rounds + 1):
+                for side, steps in sides.items():
+                    dist.barrier()
+                    start = time.perf_counter()
+                    steps(count)
+                    if world.device.type == "cuda":
+                        torch.cuda.synchronize()
+                    if round_number:  # the first round warms up
+                        times[side].append((time.perf_counter() - start) / count)
+            for side in list(sides)[1:]:
+                results[f"{name}, {precision}, {side}"] = {
+                    "ours": statistics.median(times[side]),
+                    "peer": statistics.median(times["bare DDP"]),
+                    "ratio": statistics.median(a / b for a, b in zip(times[side], times["bare DDP"], strict=True)),
+                    "unit": "s",
+                }
+            del sides
+    if world.is_main:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
+        print(f"{platform.machine()}, {device}, {world.size} ranks, torch {torch.__version__}")
+        print(f"{'':<38}{'ours ms':>9}{'bare DDP ms':>13}{'ratio':>8}")
+        for key, r in results.items():
+            print(f"{key:<38}{r['ours'] * 1e3:>9.2f}{r['peer'] * 1e3:>13.2f}{r['ratio']:>8.3f}")
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+    comm.shutdown()
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="bf16 only, fewer steps: within a minute")
+    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=None)
+    arguments = parser.parse_args()
+    arguments.rounds = arguments.rounds or (5 if arguments.quick else 9)
+    if "RANK" in os.environ:
+        measure(arguments)
+        os._exit(0)  # DeepSpeed's engines are not built to be torn down several at a time
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.ranks}"]
+    sys.exit(subprocess.call([*launch, *sys.argv], env=environment))
+
+
+if __name__ == "__main__":
+    main()
