@@ -1,4 +1,4 @@
-"""Step time of our loop at ZeRO 0 to 3, and on torch's DDP, against a bare DDP loop: same model, data, precision, ranks.
+"""Step time of our loop at ZeRO 0 to 3, and on torch's DDP, against a bare DDP loop: same model, data, precision.
 
     python benchmarks/engine.py [--quick] [--json FILE] [--ranks 2] [--rounds 7]
 
@@ -64,6 +64,7 @@ def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[in
         groups = decay_groups(model, optimizer.weight_decay, optimizer.no_decay)
         sgd = torch.optim.SGD(groups, lr=0.01, **optimizer.args)
         ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
         def steps(count: int) -> None:
             for step in range(count):
                 x = images[step % 8].to(world.device, torch.float32, memory_format=torch.channels_last)
@@ -126,8 +127,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
     world = comm.init()
     results: dict[str, dict[str, Any]] = {}
-    for name, (*_, count) in MODELS.items():
-        count = max(2, count // 3) if arguments.quick else count
+    for name, (*_, steps_per_round) in MODELS.items():
+        count = max(2, steps_per_round // 3) if arguments.quick else steps_per_round
         for precision in ("bf16",) if arguments.quick else ("bf16", "fp32"):
             sides = build_sides(name, precision, world)
             times: dict[str, list[float]] = {side: [] for side in sides}

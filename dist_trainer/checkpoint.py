@@ -69,15 +69,15 @@ def write(folder: Path, tensors: dict[str, State], state: dict[str, Any]) -> Non
     _sync(folder)
 
 
-def fault(folder: Path) -> str | None:
-    """Why `folder` is not a complete checkpoint, or None: manifest, sizes and digests are checked."""
+def fault(folder: Path, *, digests: bool = True) -> str | None:
+    """Why `folder` is not a complete checkpoint, or None. `digests` are checked by reading all of it."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         for name, expected in files.items():
             size = (folder / name).stat().st_size
             if size != expected["size"]:
                 return f"{name} has {size} of {expected['size']} bytes"
-            if _digest(folder / name) != expected["sha256"]:
+            if digests and _digest(folder / name) != expected["sha256"]:
                 return f"{name} does not match its digest"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -111,26 +111,38 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def load_tensors(folder: Path, name: str) -> State:
-    """`name`.safetensors, on the host."""
-    tensors: State = load_file(folder / f"{name}.safetensors")
+    """`name`.safetensors, on the host. Raises UserError for a file that is none."""
+    return _load_file(folder / f"{name}.safetensors")
+
+
+def _load_file(path: Path) -> State:
+    try:
+        tensors: State = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file ({error})") from None
     return tensors
 
 
 def save(root: Path, step: int, tensors: dict[str, State], state: dict[str, Any], keep: int) -> None:
-    """Commit `root`/step_XXXXXXXX, then remove all but the newest `keep`.
+    """Commit `root`/step_XXXXXXXX, then remove all but the newest `keep` complete ones.
 
     Raises UserError when the storage refuses; the earlier checkpoints are untouched then.
     """
     folder = root / f"step_{step:08d}"
+    # Another whole one of this step goes only when its successor is whole.
+    target = folder if fault(folder, digests=False) else root / f".{folder.name}"
     try:
-        write(folder, tensors, state)
+        write(target, tensors, state)
+        if target != folder:
+            shutil.rmtree(folder)
+            target.rename(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot save {folder}: {error}; earlier checkpoints are whole") from None
-    older = [other for other in _steps(root) if other.name < folder.name]
+    older = [other for other in _steps(root) if other.name < folder.name and not fault(other, digests=False)]
     # What is newer was passed over as damaged when this run resumed: it must not outlive its repetition.
-    newer = [other for other in _steps(root) if other.name > folder.name]
-    for gone in [*older[keep - 1 :], *newer]:
-        shutil.rmtree(gone, ignore_errors=True)
+    for other in _steps(root):
+        if other != folder and other not in older[: keep - 1]:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def replace_best(root: Path, weights: State, metrics: dict[str, Any]) -> None:
@@ -166,8 +178,4 @@ def load_weights(path: Path) -> State:
         return load_tensors(path, "model")
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint folder or safetensors file")
-    try:
-        weights: State = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file ({error})") from None
-    return weights
+    return _load_file(path)

@@ -8,11 +8,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from dist_trainer.config import TrainConfig
+from dist_trainer.config import TrainConfig, check_keys
 from dist_trainer.errors import LocalError, UserError, nearest
 
 USAGE = """usage: dist-trainer COMMAND ...
@@ -109,7 +110,7 @@ def _one_line(text: str, known: list[str]) -> str:
         return f"{match[1]}: no such key{nearest(match[1], known)}"
     if match := re.search(r"[Uu]nrecognized arguments: --([^\s=]+)", line):
         return f"--{match[1]}: no such key{nearest(match[1], known)}"
-    if match := re.search(r"arguments are required: (\S+)", line):
+    if match := re.search(r"arguments are required: ([^\s,]+)", line):
         return f"{match[1]}: is required"
     if match := re.fullmatch(r'Parser key "([^"]+)":\s*(.*)', line):
         key, reason = match[1], match[2]
@@ -118,6 +119,46 @@ def _one_line(text: str, known: list[str]) -> str:
             return reason
         return f"{key}: {reason}"
     return line
+
+
+def _check_keys(argv: list[str], options: set[str]) -> None:
+    """Every key of every --config file and of every --key.sub argument exists."""
+    words = iter(argv)
+    for word in words:
+        if word == "--":
+            return
+        if not word.startswith("--"):
+            continue
+        name, _, value = word[2:].partition("=")
+        if name == "config":
+            _check_file(value or next(words, ""))
+        elif name.partition(".")[0] not in options:
+            _check_argument(name.removesuffix("+"), value or next(words, ""))
+
+
+def _check_argument(name: str, text: str) -> None:
+    try:
+        nested: Any = yaml.safe_load(text)
+    except yaml.YAMLError:
+        nested = text
+    for part in reversed(name.split(".")):
+        nested = {part: nested}
+    check_keys(nested)
+
+
+def _check_file(file: str) -> None:
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: not a config: it holds {type(values).__name__} where keys belong")
+    try:
+        check_keys(values)
+    except UserError as error:
+        raise UserError(f"{error} (in {file})") from None
 
 
 def _with_config(argv: list[str]) -> list[str]:
@@ -130,7 +171,9 @@ def _with_config(argv: list[str]) -> list[str]:
 
 
 def _config(parser: ArgumentParser, argv: list[str]) -> tuple[TrainConfig, Namespace]:
-    values = _parse(parser, _with_config(argv))
+    argv = _with_config(argv)
+    _check_keys(argv, {action.dest for action in parser._actions} - set(TrainConfig.__dataclass_fields__))
+    values = _parse(parser, argv)
     built = parser.instantiate_classes(values)
     names = TrainConfig.__dataclass_fields__
     return TrainConfig(**{name: built[name] for name in names}), values

@@ -62,7 +62,7 @@ def die_with_parent(signum: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what large CPU tensors free, instead of asking the kernel for fresh, zeroed pages at every step."""
+    """Let glibc keep what large CPU tensors free instead of asking the kernel for fresh, zeroed pages at every step."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

@@ -43,7 +43,7 @@ class PreActBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """A pre-activation residual network for small images: a 3x3 stem of stride 2, then stages that halve the resolution.
+    """A pre-activation residual network for small images: a stem of stride 2, then stages that halve the resolution.
 
     `widths` and `depths` give channels and blocks per stage. Maps [m, in_channels, H, W] to [m, num_classes].
     """

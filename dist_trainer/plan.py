@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NoReturn
 
 from dist_trainer.errors import UserError
 
@@ -52,8 +53,8 @@ def _neighbours(value: int, legal: list[int]) -> str:
     return " or ".join(str(v) for v in sorted(below + above, key=lambda v: abs(v - value)))
 
 
-def num_slots(batch: BatchConfig) -> int:
-    """M = G / m. Raises UserError with the nearest legal values when m does not divide G."""
+def num_slots(batch: BatchConfig, world: int = 1) -> int:
+    """M = G / m. Raises UserError when m does not divide G, with the nearest values that do and feed `world` ranks."""
     g, m = batch.global_batch, batch.micro_batch
     for key, value in (("global_batch", g), ("micro_batch", m)):
         if value < 1:
@@ -61,10 +62,12 @@ def num_slots(batch: BatchConfig) -> int:
     if g % m:
         legal_m = divisors(g)
         near = _neighbours(m, legal_m)
+        feeding = [d for d in legal_m if g // d >= world] or legal_m
+        pasted = _neighbours(m, feeding).split(" ", maxsplit=1)[0]
         multiples = _neighbours(g, [m * k for k in (g // m, g // m + 1) if k])
         raise UserError(
             f"batch.micro_batch: {m} does not divide batch.global_batch: {g}; nearest micro-batches: {near}, "
-            f"nearest global batches: {multiples}. Paste: --batch.micro_batch {near.split(' ')[0]}"
+            f"nearest global batches: {multiples}. Paste: --batch.micro_batch {pasted}"
         )
     return g // m
 
@@ -141,9 +144,9 @@ class Plan:
 
 def make_plan(batch: BatchConfig, duration: Duration, *, world: int, num_samples: int) -> Plan:
     """The plan of a run. Raises UserError, with a line to paste, for a world or a batch that cannot be."""
-    slots = num_slots(batch)
     if world < 1:
         raise UserError(f"a world of {world} ranks cannot train; start at least 1")
+    slots = num_slots(batch, world)
     if world > slots:
         smaller = max((d for d in divisors(batch.global_batch) if batch.global_batch // d >= world), default=0)
         change = (
@@ -157,13 +160,7 @@ def make_plan(batch: BatchConfig, duration: Duration, *, world: int, num_samples
             f"Paste: torchrun --nproc-per-node {slots}{change}"
         )
     if num_samples < batch.global_batch:
-        raise UserError(
-            f"the training set has {num_samples} samples, fewer than batch.global_batch {batch.global_batch}; "
-            f"Paste: --batch.global_batch {max(1, num_samples // batch.micro_batch) * batch.micro_batch}"
-            if num_samples >= batch.micro_batch
-            else f"the training set has {num_samples} samples, fewer than batch.micro_batch {batch.micro_batch}; "
-            "add samples or make both batch.global_batch and batch.micro_batch smaller"
-        )
+        _refuse_small_set(batch, world, num_samples)
     plan = Plan(
         global_batch=batch.global_batch,
         micro_batch=batch.micro_batch,
@@ -178,3 +175,16 @@ def make_plan(batch: BatchConfig, duration: Duration, *, world: int, num_samples
     if total < 1:
         raise UserError(f"duration: {duration.amount:g}{duration.unit} is less than one step")
     return replace(plan, total_steps=total)
+
+
+def _refuse_small_set(batch: BatchConfig, world: int, num_samples: int) -> NoReturn:
+    """Fewer samples than one global batch: offer the largest batch that they fill and that feeds `world` ranks."""
+    micro = min(batch.micro_batch, num_samples // world)
+    offer = f"--batch.global_batch {num_samples // max(micro, 1) * micro}"
+    if micro != batch.micro_batch:
+        offer += f" --batch.micro_batch {micro}"
+    what = "global_batch" if num_samples >= batch.micro_batch else "micro_batch"
+    raise UserError(
+        f"the training set has {num_samples} samples, fewer than batch.{what} {getattr(batch, what)}"
+        + (f". Paste: {offer}" if micro else f" and than the {world} ranks; start fewer")
+    )

@@ -1,6 +1,7 @@
 """The run folder: its name, its owner, and the small files in it that other programs read."""
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -91,14 +92,17 @@ class RunFolder:
         """Become the folder's owner. Raises UserError while another live trainer is."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            owner = self._read_owner()
-            if owner and self._is_live(owner):
-                raise UserError(
-                    f"{self.path}: process {owner['pid']} on {owner['host']} is training there"
-                    f"{' (job ' + owner['job'] + ')' if owner.get('job') else ''}; "
-                    "wait for it, stop it, or choose another --run.name"
-                )
-            self._beat()
+            with (self.path / ".lock").open("w") as lock:
+                with contextlib.suppress(OSError):  # a file system without locks: the check below must do
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                owner = self._read_owner()
+                if owner and self._is_live(owner):
+                    raise UserError(
+                        f"{self.path}: process {owner['pid']} on {owner['host']} is training there"
+                        f"{' (job ' + owner['job'] + ')' if owner.get('job') else ''}; "
+                        "wait for it, stop it, or choose another --run.name"
+                    )
+                self._beat()
         except OSError as error:
             raise UserError(f"run.dir: cannot write {self.path}: {error.strerror or error}") from None
         threading.Thread(target=self._beat_on, daemon=True, name="run folder heartbeat").start()

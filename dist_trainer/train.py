@@ -19,7 +19,6 @@ def train(run: Run) -> str | None:
     plan, sums, progress = run.plan, run.sums, run.progress
     if plan.due(progress.step, run.every.eval) and progress.evaluated_step < progress.step:
         validate(run)  # a stop came between a step and its evaluation
-        save(run)
     for step, batches in run.stream.steps(start=progress.step):
         train_step(run, step, batches)
         if plan.due(progress.step, run.every.log):

@@ -60,7 +60,11 @@ class Session:
 
     def rank_pids(self) -> list[int]:
         """The training processes: neither torchrun nor loader workers nor W&B."""
-        return [pid for pid, line in self.pids().items() if "-m dist_trainer train" in line and "torchrun" not in line]
+        return [
+            pid
+            for pid, line in self.pids().items()
+            if "-m dist_trainer train" in line and "torch.distributed.run" not in line
+        ]
 
     def wait(self, timeout: float = 240) -> int:
         """The exit status; on a time-out the session is ended and its log shown."""

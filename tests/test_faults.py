@@ -113,7 +113,7 @@ def test_ctrl_c_and_sigterm_stop_at_the_next_step_and_say_how_to_go_on(
 
 
 def test_torchrun_restarts_after_a_killed_rank(argv: list[str], undisturbed: Path, tmp_path: Path) -> None:
-    """With --max-restarts and nothing else set, the new ranks meet and go on. Mutation: drop the attempt's store prefix."""
+    """With --max-restarts and nothing else set, new ranks meet and go on. Mutation: drop the attempt's store prefix."""
     run = tmp_path / "run"
     command = torchrun(2, *argv, f"--run.dir={tmp_path}", "--run.name=run", restarts=1)
     session = Session(command, tmp_path / "log")

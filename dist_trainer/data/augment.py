@@ -1,5 +1,6 @@
 """What happens to one image before it stands in a batch, as a pure function of (seed, epoch, sample id, copy)."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,9 +47,11 @@ class Augment:
         self._flip, self._seed = config.flip, seed
         self._steps: list[Transform] = []
         if config.crop is not None:
-            lo, hi = config.crop.scale
-            if not 0 < lo <= hi <= 1:
-                raise UserError(f"augment.crop.scale: [{lo}, {hi}] is not an ascending pair in (0, 1]")
+            if config.crop.size < 1:
+                raise UserError(f"augment.crop.size: {config.crop.size} is not a positive number of pixels")
+            for name, (lo, hi), most in (("scale", config.crop.scale, 1.0), ("ratio", config.crop.ratio, math.inf)):
+                if not 0 < lo <= hi <= most:
+                    raise UserError(f"augment.crop.{name}: [{lo}, {hi}] is not an ascending pair in (0, {most:g}]")
             self._steps.append(
                 transforms.RandomResizedCrop(
                     config.crop.size, scale=config.crop.scale, ratio=config.crop.ratio, antialias=True

@@ -20,7 +20,10 @@ def decode(data: bytes, channels: int) -> torch.Tensor:
     try:
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         pixels: torch.Tensor = decode_image(buffer, _MODES[channels])
-        return pixels
+        if pixels.dtype == torch.uint16:  # a PNG of 16 bits: 257 levels to one
+            pixels = (pixels.to(torch.int32) // 257).to(torch.uint8)
+        if len(pixels) == channels:  # WebP comes in colour whatever is asked for
+            return pixels
     except (RuntimeError, ValueError):
         pass
     try:

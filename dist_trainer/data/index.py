@@ -102,6 +102,8 @@ class ShardIndex:
                 samples=samples,
                 class_names=tuple(json.loads(metadata["class_names"])),
             )
+            if index.fingerprint != metadata["fingerprint"]:
+                raise UserError(f"{path}: damaged index (its fingerprint differs); delete it and run the command again")
         except UserError:
             raise
         except Exception as error:  # safetensors raises its own exception type, JSON and NumPy theirs

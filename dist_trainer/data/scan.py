@@ -22,6 +22,7 @@ from dist_trainer.errors import UserError
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 LABEL_SUFFIX = "cls"
 _MAX_LABEL = 2**31 - 1
+_MAX_SIDE = 2**16 - 1  # pixels, as the index holds them
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ class _Scanner:
             width, height = _image_size(data)
         except (UnidentifiedImageError, OSError, struct.error):
             raise self.bad(offset, f"the image of sample {self._key!r} does not decode") from None
+        if max(width, height) > _MAX_SIDE:
+            raise self.bad(
+                offset, f"the image of sample {self._key!r} is {width} x {height}, over {_MAX_SIDE:,} a side"
+            )
         self.rows.append((offset, len(data), self._label, zlib.crc32(data), width, height))
         self._key = ""
 

@@ -133,6 +133,8 @@ class _Samples(Dataset[Batch]):
                 image = self._transform(decode(data, self._channels), epoch, sample)
             except (ValueError, RuntimeError) as error:
                 raise UserError(f"{self._index.describe(sample)}: {error}") from None
+            if image.dtype != torch.uint8:
+                raise UserError(f"augment.transforms: gave {image.dtype} pixels; they must stay torch.uint8")
             if images is None:
                 images = torch.empty((len(ids), *image.shape), dtype=torch.uint8)
             if image.shape != images.shape[1:]:

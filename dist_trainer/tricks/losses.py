@@ -36,6 +36,8 @@ def build_loss(config: LossConfig) -> Loss:
     if not 0.0 <= config.label_smoothing < 1.0:
         raise UserError(f"loss.label_smoothing: {config.label_smoothing} is not in [0, 1)")
     if config.name == "cross_entropy":
+        if config.args:
+            raise UserError(f"loss.args: {config.args}: cross_entropy takes none; smooth with loss.label_smoothing")
         return cross_entropy(config.label_smoothing)
     if config.label_smoothing:
         raise UserError(f"loss.label_smoothing: belongs to cross_entropy; {config.name} takes loss.args")

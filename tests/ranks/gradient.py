@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-
 from dist_trainer import cli, comm
 from dist_trainer.data.stream import SlotAddress
 from dist_trainer.log.console import Terminal

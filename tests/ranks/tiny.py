@@ -9,7 +9,7 @@ from torch import nn
 
 
 class SmoothNet(nn.Module):
-    """Convolutions, batch-norm, dropout and no kink: where an activation has none, rounding cannot choose another branch."""
+    """Convolutions, batch-norm, dropout, and no kink where rounding could choose another branch."""
 
     def __init__(self, num_classes: int, dropout: float = 0.1) -> None:
         super().__init__()
