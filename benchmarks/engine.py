@@ -21,6 +21,26 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from dist_trainer import comm
+from dist_trainer.comm import StopRequest
+from dist_trainer.data.stream import Batch, SlotAddress
+from dist_trainer.engine import EngineConfig, build_engine
+from dist_trainer.inference import Preprocess
+from dist_trainer.log.meter import Meter
+from dist_trainer.models import ModelConfig, build_model
+from dist_trainer.plan import BatchConfig, Duration, make_plan
+from dist_trainer.run import Progress
+from dist_trainer.step_sums import StepSums
+from dist_trainer.train import train_step
+from dist_trainer.tricks.batch_norm import RunningStatistics
+from dist_trainer.tricks.learning_rate import LearningRate, LearningRateConfig
+from dist_trainer.tricks.losses import LossConfig, build_loss
+from dist_trainer.tricks.optimizers import OptimizerConfig, build_optimizer, decay_groups
+
 MODELS = {
     # name: (model, its arguments, channels, pixels, samples per rank, steps per side and round)
     "demo": ("small_resnet", {"in_channels": 1}, 1, 28, 128, 20),
@@ -31,24 +51,6 @@ MEAN, STD = 0.5, 0.25
 
 def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[int], None]]:
     """Name -> a function that trains that many steps."""
-    import torch
-    import torch.distributed as dist
-    import torch.nn.functional as F
-
-    from dist_trainer.comm import StopRequest
-    from dist_trainer.data.stream import Batch, SlotAddress
-    from dist_trainer.engine import EngineConfig, Preprocess, build_engine
-    from dist_trainer.log.meter import Meter
-    from dist_trainer.models import ModelConfig, build_model
-    from dist_trainer.plan import BatchConfig, Duration, make_plan
-    from dist_trainer.run import Progress
-    from dist_trainer.step_sums import StepSums
-    from dist_trainer.train import train_step
-    from dist_trainer.tricks.batch_norm import RunningStatistics
-    from dist_trainer.tricks.learning_rate import LearningRate, LearningRateConfig
-    from dist_trainer.tricks.losses import LossConfig, build_loss
-    from dist_trainer.tricks.optimizers import OptimizerConfig, build_optimizer, decay_groups
-
     model_name, args, channels, pixels, size, _ = MODELS[name]
     config = ModelConfig(name=model_name, args=args)
     optimizer = OptimizerConfig(args={"momentum": 0.9, "nesterov": True}, weight_decay=5e-4)
@@ -120,11 +122,6 @@ def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[in
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    import torch
-    import torch.distributed as dist
-
-    from dist_trainer import comm
-
     world = comm.init()
     results: dict[str, dict[str, Any]] = {}
     for name, (*_, steps_per_round) in MODELS.items():

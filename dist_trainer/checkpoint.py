@@ -137,6 +137,8 @@ def save(root: Path, step: int, tensors: dict[str, State], state: dict[str, Any]
             shutil.rmtree(folder)
             target.rename(folder)
     except (OSError, SafetensorError) as error:
+        if target != folder:
+            shutil.rmtree(target, ignore_errors=True)
         raise UserError(f"cannot save {folder}: {error}; earlier checkpoints are whole") from None
     older = [other for other in _steps(root) if other.name < folder.name and not fault(other, digests=False)]
     # What is newer was passed over as damaged when this run resumed: it must not outlive its repetition.

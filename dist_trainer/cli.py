@@ -106,8 +106,6 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
 def _one_line(text: str, known: list[str]) -> str:
     """jsonargparse's message as one line that names key, value and what is allowed."""
     line = " ".join(text.split())
-    if match := re.search(r"Option '([^']+)' is not accepted", line):
-        return f"{match[1]}: no such key{nearest(match[1], known)}"
     if match := re.search(r"[Uu]nrecognized arguments: --([^\s=]+)", line):
         return f"--{match[1]}: no such key{nearest(match[1], known)}"
     if match := re.search(r"arguments are required: ([^\s,]+)", line):

@@ -175,7 +175,10 @@ class PackedSum:
         assert self._pending is None, "collect the last sum first"
         work = dist.all_reduce(vector, async_op=True)
         head, event = vector[: self._head], None
-        if self._side is not None:
+        if self._side is None:
+            # gloo's threads need the cores that compute: beside a forward the same sum took 1.5 ms instead of 0.4.
+            work.wait()
+        else:
             with self._side:
                 work.wait()
                 head = head.to("cpu", non_blocking=True)

@@ -74,6 +74,8 @@ def check_keys(values: Mapping[str, Any], cls: type = TrainConfig, prefix: str =
     """
     hints = get_type_hints(cls)
     for key, value in values.items():
+        if not isinstance(key, str):
+            raise UserError(f"{prefix}{key}: a key must be a word")
         if key not in hints:
             name, inside = prefix + key, value
             while isinstance(inside, Mapping) and len(inside) == 1:  # --btch.global_batch is meant as a whole

@@ -21,6 +21,7 @@ from torch import nn
 from dist_trainer.comm import World
 from dist_trainer.data.stream import Batch
 from dist_trainer.errors import UserError
+from dist_trainer.inference import Inference, Preprocess
 from dist_trainer.keyed import FORWARD, key
 from dist_trainer.plan import Plan
 from dist_trainer.tricks.losses import Loss
@@ -49,7 +50,8 @@ def deepspeed_config(config: EngineConfig, plan: Plan) -> dict[str, Any]:
 
     `gradient_clipping` is always written, since its default is 1.0. Accumulation is the plan's, told to DeepSpeed
     micro-batch by micro-batch, so its own count is 1. The empty list of lower-precision modules keeps gradients
-    from being reduced in bf16. At stage 0 this engine clips and checks by itself, without another collective.
+    from being reduced in bf16. The throughput timer would wait for the device twice a step. At stage 0 this engine
+    clips and checks by itself, without another collective.
     """
     clip = config.clip_grad_norm or 0.0
     values: dict[str, Any] = {
@@ -58,49 +60,12 @@ def deepspeed_config(config: EngineConfig, plan: Plan) -> dict[str, Any]:
         "gradient_clipping": clip if config.zero else 0.0,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": {"stage": config.zero, "reduce_bucket_size": 50_000_000},
     }
     if config.precision == "bf16":
         values["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return values
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preprocess:
-    """From uint8 pixels to what the network takes: (pixels / 255 - mean) / std per channel, and the memory layout."""
-
-    mean: list[float]
-    std: list[float]
-    channels_last: bool
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
-
-
-class Inference:
-    """A model that stands on its device, and its forward in evaluation. What every engine can do."""
-
-    def __init__(self, model: nn.Module, precision: str, preprocess: Preprocess, world: World) -> None:
-        self.module, self.world = model, world
-        self._device = world.device
-        self._format = preprocess.memory_format
-        self._autocast = precision == "bf16"
-        mean = torch.tensor(preprocess.mean, device=self._device).reshape(1, -1, 1, 1)
-        std = torch.tensor(preprocess.std, device=self._device).reshape(1, -1, 1, 1)
-        self._scale, self._shift = 1.0 / (255.0 * std), -mean / std
-
-    def _prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [m, C, H, W] to normalised float32 on the device."""
-        images = images.to(self._device, non_blocking=True)
-        return images.to(dtype=torch.float32, memory_format=self._format).mul_(self._scale).add_(self._shift)
-
-    @torch.no_grad()
-    def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """float32 [m, K] of uint8 images [m, C, H, W], in whatever mode the module is; every rank must call it."""
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
-            output: torch.Tensor = self.module(self._prepare(images))
-        return output.float()
 
 
 class Engine(Inference):
@@ -214,8 +179,22 @@ class Engine(Inference):
             )
 
 
+def _data_parallel(model: nn.Module, device: torch.device) -> nn.parallel.DistributedDataParallel:
+    """Gradients are averaged while backward still runs; initial weights and buffers are rank 0's.
+
+    Buffers are not broadcast later: tricks/batch_norm.py owns the running statistics.
+    """
+    return nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        bucket_cap_mb=25,  # said aloud, also the first bucket's: a small network is reduced at once instead of in two
+    )
+
+
 class TorchEngine(Engine):
-    """torch's DistributedDataParallel. Buffers are not broadcast: tricks/batch_norm.py owns the running statistics."""
+    """torch's DistributedDataParallel and nothing else."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
@@ -223,12 +202,7 @@ class TorchEngine(Engine):
             raise UserError(f"engine.zero: {self.config.zero} needs engine.backend: deepspeed; torch's DDP is stage 0")
         model.to(self._device).to(memory_format=self._format)
         self.optimizer = optimizer
-        self._ddp = nn.parallel.DistributedDataParallel(
-            model,
-            device_ids=[self._device.index] if self._device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        self._ddp = _data_parallel(model, self._device)
 
     def _forward(self, images: torch.Tensor) -> torch.Tensor:
         self._ddp.require_backward_grad_sync = self._is_last
@@ -254,6 +228,8 @@ class TorchEngine(Engine):
 
 
 class DeepSpeedEngine(Engine):
+    """DeepSpeed. At stage 0 its reduction, which begins when backward has ended, gives way to DDP's, which overlaps."""
+
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         if self._device.type == "cpu":
@@ -271,20 +247,23 @@ class DeepSpeedEngine(Engine):
             model=model.to(self._device), optimizer=optimizer, config=deepspeed_config(self.config, self.plan)
         )
         self.module = self._engine.module
-        for buffer in self.module.buffers():  # DeepSpeed broadcasts parameters only
-            dist.broadcast(buffer, 0)
         if self.config.zero == 0:
             # Before initialize it would crash; above stage 0 weights live in flat buffers and stay contiguous.
             self.module.to(memory_format=self._format)
+            self._ddp = self._engine.module = _data_parallel(self.module, self._device)
+            self._engine.enable_backward_allreduce = False
+        else:
+            for buffer in self.module.buffers():  # DeepSpeed broadcasts parameters only
+                dist.broadcast(buffer, 0)
         self._coalesce: contextlib.ExitStack | None = None
 
     def _forward(self, images: torch.Tensor) -> torch.Tensor:
-        if self.config.zero and self.plan.forwards > 1:
-            if self._micro_step == 0:  # one reduction per step, at the exit of this block
-                self._coalesce = contextlib.ExitStack()
-                self._coalesce.enter_context(self._engine.coalesce_grad_reduction())
-        else:
-            self._engine.set_gradient_accumulation_boundary(self._is_last)
+        if self.config.zero == 0:
+            self._ddp.require_backward_grad_sync = self._is_last
+        elif self.plan.forwards > 1 and self._micro_step == 0:  # one reduction per step, at the exit of this block
+            self._coalesce = contextlib.ExitStack()
+            self._coalesce.enter_context(self._engine.coalesce_grad_reduction())
+        self._engine.set_gradient_accumulation_boundary(self._is_last)
         output: torch.Tensor = self._engine(images)
         return output
 
@@ -302,7 +281,6 @@ class DeepSpeedEngine(Engine):
             else:
                 self._engine.zero_grad()
             return applied
-        self._engine.set_gradient_accumulation_boundary(True)
         self._engine.step()
         self.grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
         return bool(self._engine.was_step_applied())

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from dist_trainer.data.augment import CenterCrop
 from dist_trainer.data.stream import EvalStream
-from dist_trainer.engine import Inference
 from dist_trainer.errors import UserError
+from dist_trainer.inference import Inference
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ from dist_trainer import checkpoint
 from dist_trainer.comm import World
 from dist_trainer.config import TrainConfig
 from dist_trainer.data.stream import EvalStream
-from dist_trainer.engine import Inference, Preprocess
 from dist_trainer.evaluate import EvalResult, center_crop, evaluate
+from dist_trainer.inference import Inference, Preprocess
 from dist_trainer.log.console import Terminal
 from dist_trainer.models import build_model
 from dist_trainer.run import open_data

@@ -6,6 +6,7 @@ from dist_trainer.comm import devices
 from dist_trainer.config import TrainConfig
 from dist_trainer.data.sources import open_index, prepare_index
 from dist_trainer.plan import Duration, largest_world, make_plan, num_slots
+from dist_trainer.run import Every
 from dist_trainer.tricks.learning_rate import LearningRate
 
 
@@ -20,6 +21,7 @@ def plan_figures(
     world = gpus if gpus is not None else largest_world(config.batch, devices())
     plan = make_plan(config.batch, Duration.parse(config.duration, "duration"), world=world, num_samples=num_samples)
     rate = LearningRate(config.lr, plan)
+    Every.of(config)
     return {
         "world": plan.world,
         "global_batch": plan.global_batch,

@@ -13,9 +13,10 @@ from dist_trainer.config import TrainConfig
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.sources import open_index, prepare_index
 from dist_trainer.data.stream import EvalStream, TrainStream
-from dist_trainer.engine import Engine, Preprocess, build_engine
+from dist_trainer.engine import Engine, build_engine
 from dist_trainer.errors import UserError
 from dist_trainer.evaluate import center_crop
+from dist_trainer.inference import Preprocess
 from dist_trainer.log.console import Terminal
 from dist_trainer.log.meter import Meter
 from dist_trainer.log.tracker import Tracker
@@ -60,6 +61,24 @@ class Every:
     log: Duration | None
     eval: Duration | None
     checkpoint: Duration | None
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Every":
+        """Raises UserError naming the key of what is no duration."""
+
+        def parse(name: str, text: str | None) -> Duration | None:
+            if text is None:
+                return None
+            duration = Duration.parse(text, f"{name}.every")
+            if not duration.amount:
+                raise UserError(f"{name}.every: {text}: write null for never but at the end")
+            return duration
+
+        return cls(
+            log=parse("log", config.log.every),
+            eval=parse("eval", config.eval.every),
+            checkpoint=parse("checkpoint", config.checkpoint.every),
+        )
 
 
 @dataclass
@@ -122,15 +141,7 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
     plan = make_plan(
         config.batch, Duration.parse(config.duration, "duration"), world=world.size, num_samples=len(train_index)
     )
-    every = Every(
-        **{
-            name: Duration.parse(text, f"{name}.every") if text else None
-            for name, text in (
-                ("log", config.log.every), ("eval", config.eval.every), ("checkpoint", config.checkpoint.every)
-            )
-        }
-    )  # fmt: skip
-    learning_rate = LearningRate(config.lr, plan)
+    learning_rate, every = LearningRate(config.lr, plan), Every.of(config)
     what = identity(config.as_dict(), f"{train_index.fingerprint[:16]} {val_index.fingerprint[:16]}")
     name = auto_name(stem, what) if config.run.name == "auto" else config.run.name
     folder = RunFolder(Path(config.run.dir).expanduser() / name)

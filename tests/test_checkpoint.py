@@ -166,6 +166,8 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoints_whole(tmp_path: Path) 
             checkpoint.save(tmp_path, step, unwritable, {"step": step}, keep=1)
         assert "earlier checkpoints are whole" in message(caught)
         assert checkpoint.newest(tmp_path)[0] == tmp_path / "step_00000020"
+    save(tmp_path, 40, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000040"]  # nothing of the failed ones is left
 
 
 def test_best_keeps_one(tmp_path: Path) -> None:
@@ -219,7 +221,7 @@ class Trap:
 def test_a_pickle_in_the_place_of_weights_is_refused_and_not_run(tmp_path: Path) -> None:
     """As a file of its own, and inside a checkpoint whose manifest was forged to match.
 
-    Fails when weights are read by torch.load, or when safetensors' own exception gets through.
+    Fails when weights are unpickled, or when safetensors' own exception gets through.
     """
     planted = tmp_path / "model.safetensors"
     planted.write_bytes(pickle.dumps(Trap(str(tmp_path / "sprung"))))

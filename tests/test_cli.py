@@ -139,7 +139,7 @@ def test_a_file_that_is_missing_or_no_config_is_named(config: Path, tmp_path: Pa
     missing = tmp_path / "missing.yaml"
     assert refused("train", missing).startswith(f"{missing}: ")
     assert str(missing) in refused("plan", config, "--config", missing)
-    for text in ("data: {train: [\n", "- 1\n", ""):
+    for text in ("data: {train: [\n", "- 1\n", "", "1: 2\n"):
         config.write_text(text)
         assert str(config) in refused("plan", config)
 
@@ -156,6 +156,8 @@ def test_batches_and_rates_that_cannot_be_are_refused_by_plan_as_by_train(config
     assert refused("plan", config, "--samples", 1000, "--gpus", 9).startswith("9 ranks")
     assert refused("plan", config, "--samples", 1000, "--batch.micro_batch", 33).startswith("batch.micro_batch: 33")
     assert refused("plan", config, "--samples", 1000, "--lr.peak", 0.1).startswith("lr: ")
+    for key in ("eval.every", "checkpoint.every", "log.every"):
+        assert refused("plan", config, "--samples", 1000, f"--{key}", "often").startswith(f"{key}: 'often'")
 
 
 def test_the_process_ends_with_two_and_one_line(tmp_path: Path) -> None:

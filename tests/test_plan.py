@@ -141,7 +141,7 @@ def test_a_training_set_smaller_than_the_global_batch_is_refused_with_a_batch_th
 
     Fails when the offered global batch is rounded up, or is too small to feed the ranks.
     """
-    num_samples = data.draw(st.integers(micro, micro * slots - 1))
+    num_samples = data.draw(st.integers(1, micro * slots - 1))
     world = data.draw(st.integers(1, min(slots, num_samples)))
     batch = BatchConfig(global_batch=micro * slots, micro_batch=micro)
     text = refusal(batch, world, num_samples)

@@ -182,6 +182,14 @@ def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
         assert refused(lambda path=tmp_path / name: scan_tar(path)).startswith(f"{tmp_path / name}: ")
 
 
+def huge_jpeg() -> bytes:
+    """The header of a JPEG of 65,000 x 65,000 pixels: its size is changed in the frame header."""
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8)).save(buffer, "JPEG")
+    before, marker, after = buffer.getvalue().partition(b"\xff\xc0")
+    return before + marker + after[:3] + (65_000).to_bytes(2) * 2 + after[7:]
+
+
 IMAGE = png(np.random.default_rng(2))
 A, B = [("a.cls", b"0"), ("a.png", IMAGE)], [("b.cls", b"1"), ("b.png", IMAGE)]
 
@@ -204,6 +212,7 @@ A, B = [("a.cls", b"0"), ("a.png", IMAGE)], [("b.cls", b"1"), ("b.png", IMAGE)]
             "b.png",
             "the image of sample 'b'",
         ),  # 65,536 wide
+        ([*A, B[0], ("b.jpg", huge_jpeg())], "b.jpg", "the image of sample 'b'"),
     ],
 )
 def test_a_sample_that_is_no_labelled_image_is_refused(tmp_path: Path, members: Members, at: str, reason: str) -> None:
@@ -328,6 +337,17 @@ def test_a_folder_a_tar_and_a_brace_pattern_name_the_same_samples(tmp_path: Path
     assert ShardIndex.load(Path(by_pattern)).fingerprint == index_of(*tars).fingerprint
     assert ShardIndex.load(Path(by_folder)).fingerprint == index_of(*tars).fingerprint
     assert ShardIndex.load(Path(one)).fingerprint == index_of(tars[1]).fingerprint
+
+
+@pytest.mark.usefixtures("one_core")
+def test_a_tar_that_was_added_to_an_indexed_folder_is_noticed(tmp_path: Path) -> None:
+    """By name, as a missing one is. Fails when the index that is there is taken without a look at the folder."""
+    write_tar(tmp_path / "0.tar", sample_members(3))
+    prepare_index("data.train", str(tmp_path))
+    write_tar(tmp_path / "1.tar", sample_members(3))
+    text = refused(lambda: prepare_index("data.train", str(tmp_path)))
+    assert "1.tar" in text
+    assert FILE_NAME in text
 
 
 def test_locations_without_tars_are_refused_under_the_name_of_their_key(tmp_path: Path) -> None:

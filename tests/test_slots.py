@@ -146,13 +146,14 @@ AUGMENTED = AugmentConfig(
 def test_a_batch_does_not_depend_on_what_was_asked_for_before(index: ShardIndex) -> None:
     """Forwards, backwards, alone, and after a trip to a loader worker: the same pixels, labels, weights and ids.
 
-    Fails when a draw comes from a running generator, or the order of another epoch is kept.
+    Fails when a draw comes from a running generator, another epoch's order is kept, or a file descriptor is pickled.
     """
     addresses = [SlotAddress(step, slot) for step in range(8) for slot in range(NUM_SLOTS)]
     samples = samples_of(index, AUGMENTED)
     forwards = {address: samples[address] for address in addresses}
     backwards = {address: samples[address] for address in reversed(addresses)}
     travelled = pickle.loads(pickle.dumps(samples))
+    assert travelled._reader is None  # open files do not travel
     for address, batch in forwards.items():
         for other in (backwards[address], samples_of(index, AUGMENTED)[address], travelled[address]):
             for name in ("images", "labels", "weight", "ids"):

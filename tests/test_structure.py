@@ -13,7 +13,7 @@ FLOORS = [
     [{"errors"}],
     [{"keyed", "plan", "comm", "named"}],
     [{"data/"}, {"tricks/"}, {"models"}, {"log/"}],
-    [{"engine", "zero_state", "checkpoint", "evaluate", "step_sums"}],
+    [{"inference", "engine", "zero_state", "checkpoint", "evaluate", "step_sums"}],
     [{"config", "run_folder"}],
     [{"run", "plan_report", "evaluation_run"}],
     [{"train"}],

@@ -52,7 +52,7 @@ def history(file: Path) -> list[dict[str, Any]]:
 
 
 def test_wandb_holds_what_metrics_jsonl_holds_in_one_run(run: Path) -> None:
-    """Value by value, from rank 0 alone, both parts under one run id. Mutations: log on every rank; a new id on resume."""
+    """Value by value, from rank 0 alone, both parts under one id. Mutations: log on every rank; a new id on resume."""
     files = sorted(run.glob("wandb/*run-*/run-*.wandb"))
     assert len(files) == 2, "one file per process that trained"
     assert len({file.name for file in files}) == 1, "one run id"
@@ -74,7 +74,7 @@ def test_wandb_knows_the_config_and_the_world(run: Path) -> None:
 
 
 def test_metrics_are_documented_finite_and_complete(run: Path) -> None:
-    """Every name stands in the README's table; steps go from 1 to 20 once each. Mutation: drop the truncation on resume."""
+    """Every name stands in the README's table; each step comes once. Mutation: drop the truncation on resume."""
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     names = {key for line in (run / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
     assert {name for name in names if f"`{name}`" not in readme} == {"step", "epoch"}

@@ -216,6 +216,7 @@ def test_deepspeed_is_told_exactly_this() -> None:
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": {"stage": 0, "reduce_bucket_size": 50_000_000},
         "torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []},
     }
@@ -225,5 +226,6 @@ def test_deepspeed_is_told_exactly_this() -> None:
         "gradient_clipping": 2.0,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000_000},
     }

@@ -22,7 +22,7 @@ def decode(data: bytes, channels: int) -> torch.Tensor:
         pixels: torch.Tensor = decode_image(buffer, _MODES[channels])
         if pixels.dtype == torch.uint16:  # a PNG of 16 bits: 257 levels to one
             pixels = (pixels.to(torch.int32) // 257).to(torch.uint8)
-        if len(pixels) == channels:  # WebP comes in colour whatever is asked for
+        if pixels.dim() == 3 and len(pixels) == channels:  # not an animation, nor WebP in colour where grey was asked
             return pixels
     except (RuntimeError, ValueError):
         pass

@@ -22,6 +22,7 @@ from dist_trainer.errors import UserError
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 LABEL_SUFFIX = "cls"
 _MAX_LABEL = 2**31 - 1
+_FEW_BYTES = 2**27  # read sooner than processes start
 _MAX_SIDE = 2**16 - 1  # pixels, as the index holds them
 
 
@@ -97,7 +98,7 @@ class _Scanner:
         offset, data = self._image
         try:
             width, height = _image_size(data)
-        except (UnidentifiedImageError, OSError, struct.error):
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, struct.error):
             raise self.bad(offset, f"the image of sample {self._key!r} does not decode") from None
         if max(width, height) > _MAX_SIDE:
             raise self.bad(
@@ -163,7 +164,7 @@ def join(root: Path, names: Sequence[str], scans: Sequence[ShardScan], class_nam
 def scan_tars(root: Path, tars: Sequence[Path], num_processes: int) -> ShardIndex:
     """The index of `tars`, scanned in parallel; names are kept relative to `root`."""
     names = [str(tar.relative_to(root)) for tar in tars]
-    if num_processes <= 1 or len(tars) == 1:
+    if num_processes <= 1 or sum(tar.stat().st_size for tar in tars) < _FEW_BYTES:
         scans = [scan_tar(tar) for tar in tars]
     else:
         with ProcessPoolExecutor(min(num_processes, len(tars)), mp_context=get_context("spawn")) as pool:

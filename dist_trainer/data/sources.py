@@ -18,10 +18,17 @@ def _locate(key: str, location: str) -> tuple[Path, list[Path]]:
         raise UserError(f"{key}: {location!r}: only local paths can be read")
     path = Path(location).expanduser()
     if path.is_dir():
-        index = path / FILE_NAME
-        tars = [] if index.exists() else sorted(path.glob("*.tar"))
-        if not tars and not index.exists():
+        index, tars = path / FILE_NAME, sorted(path.glob("*.tar"))
+        if not tars:
             raise UserError(f"{key}: {path}: no tars there; make them with: dist-trainer shards pack SOURCE {path}")
+        if index.exists():
+            added = sorted({tar.name for tar in tars} - set(ShardIndex.load(index).shards))
+            if added:
+                raise UserError(
+                    f"{key}: {path / added[0]}: not in {index}, which was made before; delete the index to index anew, "
+                    "or name the tars that you mean by a brace pattern"
+                )
+            tars = []
         return index, tars
     tars = [Path(url) for url in expand_urls(str(path))]
     missing = [tar for tar in tars if not tar.is_file()]

@@ -131,8 +131,9 @@ class _Samples(Dataset[Batch]):
         for place, (sample, data) in enumerate(zip(ids.tolist(), self._reader.read(ids), strict=True)):
             try:
                 image = self._transform(decode(data, self._channels), epoch, sample)
-            except (ValueError, RuntimeError) as error:
-                raise UserError(f"{self._index.describe(sample)}: {error}") from None
+            except Exception as error:  # a transform of the user's may raise anything
+                reason = f"{type(error).__name__}: {error}"
+                raise UserError(f"{self._index.describe(sample)}: {reason}") from None
             if image.dtype != torch.uint8:
                 raise UserError(f"augment.transforms: gave {image.dtype} pixels; they must stay torch.uint8")
             if images is None:
