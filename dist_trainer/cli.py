@@ -256,7 +256,7 @@ def _plan(argv: list[str]) -> int:
     config, values = _config(parser, argv)
     from dist_trainer.plan_report import plan_figures, plan_rows
 
-    figures = plan_figures(config, gpus=values.gpus, num_samples=values.samples, only_world=values.show == "world")
+    figures = plan_figures(config, gpus=values.gpus, num_samples=values.samples)
     if values.show is not None:
         if values.show not in figures:
             raise UserError(

@@ -4,26 +4,30 @@ from typing import Any
 
 from dist_trainer.comm import devices
 from dist_trainer.config import TrainConfig
-from dist_trainer.data.sources import open_index, prepare_index
+from dist_trainer.models import build_model
 from dist_trainer.plan import Duration, largest_world, make_plan, num_slots
-from dist_trainer.run import Every
+from dist_trainer.run import Every, open_data
 from dist_trainer.tricks.learning_rate import LearningRate
+from dist_trainer.tricks.losses import build_loss
+from dist_trainer.tricks.optimizers import build_optimizer
 
 
-def plan_figures(
-    config: TrainConfig, *, gpus: int | None = None, num_samples: int | None = None, only_world: bool = False
-) -> dict[str, Any]:
-    """Figures by name. `only_world`: just the largest world for this machine. Raises UserError as `train` would."""
-    if only_world and gpus is None:
-        return {"world": largest_world(config.batch, devices())}
+def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: int | None = None) -> dict[str, Any]:
+    """Figures by name. Whatever `train` would refuse is refused here: raises UserError."""
+    num_classes = 1000  # ImageNet's, where the data are not here
     if num_samples is None:
-        num_samples = len(open_index(prepare_index("data.train", config.data.train)[0]))
+        train, _ = open_data(config)
+        num_samples, num_classes = len(train), train.num_classes
     world = gpus if gpus is not None else largest_world(config.batch, devices())
     plan = make_plan(config.batch, Duration.parse(config.duration, "duration"), world=world, num_samples=num_samples)
     rate = LearningRate(config.lr, plan)
     Every.of(config)
+    model = build_model(config.model, num_classes, config.run.seed)
+    build_optimizer(config.optimizer, model)
+    build_loss(config.loss)
     return {
         "world": plan.world,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "global_batch": plan.global_batch,
         "micro_batch": plan.micro_batch,
         "micro_batches_per_step": plan.num_slots,
@@ -53,6 +57,7 @@ def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
             f"{1 - f['efficiency']:.0%} of the forwards do not count; {better} ranks divide them"
         )
     rows = {
+        "model": f"{f['parameters']:,} parameters",
         "world": f"{f['world']} ranks (legal: {f['legal_worlds']}; even: {', '.join(map(str, f['full_worlds']))})",
         "step": f"{f['global_batch']} samples = {f['micro_batches_per_step']} micro-batches of {f['micro_batch']}; "
         f"{f['forwards_per_rank']} forwards per rank, {f['efficiency']:.0%} efficient",

@@ -104,20 +104,15 @@ class Run:
     seconds: dict[str, float] = field(default_factory=lambda: {"eval": 0.0, "save": 0.0})
 
 
-def open_data(config: TrainConfig, world: World, terminal: Terminal) -> tuple[ShardIndex, ShardIndex]:
-    """(training, validation) index; made first where there is none (collective)."""
+def prepare_data(config: TrainConfig) -> list[str]:
+    """Index the training and validation tars where they are not; a line for each that was. To be called on one rank."""
+    prepared = (prepare_index(f"data.{name}", getattr(config.data, name)) for name in ("train", "val"))
+    return [note for _, note in prepared if note]
 
-    def prepare() -> list[str]:
-        files = []
-        for key, location in (("data.train", config.data.train), ("data.val", config.data.val)):
-            file, note = prepare_index(key, location)
-            files.append(file)
-            if note:
-                terminal.say(note)
-        return files
 
-    train_file, val_file = on_main(world, prepare)
-    train, val = open_index(train_file), open_index(val_file)
+def open_data(config: TrainConfig) -> tuple[ShardIndex, ShardIndex]:
+    """(training, validation) index. Raises UserError when they do not fit each other or the config."""
+    train, val = (open_index(prepare_index(f"data.{n}", getattr(config.data, n))[0]) for n in ("train", "val"))
     if val.num_classes > train.num_classes or (
         val.class_names != train.class_names and not all(name.isdecimal() for name in val.class_names)
     ):
@@ -137,7 +132,9 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
 
     Returns the folder alone when the run in it is complete. Raises UserError, on every rank, for the user's mistakes.
     """
-    train_index, val_index = open_data(config, world, terminal)
+    for note in on_main(world, lambda: prepare_data(config)):
+        terminal.say(note)
+    train_index, val_index = open_data(config)
     plan = make_plan(
         config.batch, Duration.parse(config.duration, "duration"), world=world.size, num_samples=len(train_index)
     )

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Start a command on all devices of this box: launch/local.sh train CONFIG.yaml [--key.sub value ...]
+# Train on all devices of this box: launch/local.sh train CONFIG.yaml [--key.sub value ...]
 # Ranks: as many as there are GPUs (or cores), and no more than the config can feed. NPROC=N decides it by hand.
 set -euo pipefail
-if [ $# -lt 2 ]; then echo "usage: $0 COMMAND CONFIG.yaml [--key.sub value ...]" >&2; exit 2; fi
-NPROC=${NPROC:-$(dist-trainer plan "${@:2}" --show world)}
+if [ $# -lt 2 ]; then echo "usage: $0 train CONFIG.yaml [--key.sub value ...]" >&2; exit 2; fi
+# Also says in one line what is wrong with the config, before ranks start.
+NPROC=$(dist-trainer plan "${@:2}" --show world ${NPROC:+--gpus "$NPROC"})
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores >= NPROC ? cores / NPROC : 1))}
 # Without it, torchrun's restarts read the dead ranks' addresses.
