@@ -67,14 +67,15 @@ def evaluate(engine: Inference, stream: EvalStream) -> EvalResult:
             labels, weight = batch.labels.to(logits.device), batch.weight.to(logits.device)
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="none")
-            seen = weight > 0
-            sums += torch.stack([hits[seen, 0].sum(), hits[seen].sum(), seen.sum(), loss[seen].double().sum()])
+            seen = weight > 0  # masks, no indexing by them: that would wait for the device at every batch
+            correct1, correct5 = (hits[:, 0] & seen).sum(), (hits.any(dim=1) & seen).sum()
+            sums += torch.stack([correct1, correct5, seen.sum(), torch.where(seen, loss, 0.0).double().sum()])
     finally:
         engine.module.train(was_training)
     dist.all_reduce(sums)
-    correct1, correct5, counted, loss_sum = sums.tolist()
+    top1, top5, counted, loss_sum = sums.tolist()
     if int(counted) != stream.num_samples:
         raise RuntimeError(
             f"validation counted {int(counted)} of {stream.num_samples} samples: a bug, please report it"
         )
-    return EvalResult(int(correct1), int(correct5), int(counted), loss_sum / stream.num_samples)
+    return EvalResult(int(top1), int(top5), int(counted), loss_sum / stream.num_samples)

@@ -142,28 +142,23 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
     what = identity(config.as_dict(), f"{train_index.fingerprint[:16]} {val_index.fingerprint[:16]}")
     name = auto_name(stem, what) if config.run.name == "auto" else config.run.name
     folder = RunFolder(Path(config.run.dir).expanduser() / name)
+    # Whatever can be wrong with the config shows before the folder is touched.
+    model = build_model(config.model, train_index.num_classes, config.run.seed)
+    optimizer, loss = build_optimizer(config.optimizer, model), build_loss(config.loss)
+    stream = TrainStream(train_index, plan, config.data, config.augment, config.run.seed, world)
+    val = EvalStream(val_index, config.data, center_crop(config.eval), config.eval.batch, world)
     resumed_from = _claim(folder, config, what, world, terminal)
     if resumed_from == "complete":
         return folder
 
     state: dict[str, Any] = {}
-    model = build_model(config.model, train_index.num_classes, config.run.seed)
     if resumed_from:
         state = checkpoint.load_state(Path(resumed_from))
         if world.device.type == "cpu" and state["world"] == world.size:
             torch.set_num_threads(state["threads"])  # another number of threads adds floats in another order
         checkpoint.load_into(model, checkpoint.load_tensors(Path(resumed_from), "model"), resumed_from)
-    engine = build_engine(
-        config.engine,
-        model,
-        build_optimizer(config.optimizer, model),
-        build_loss(config.loss),
-        plan,
-        world,
-        Preprocess(mean=config.data.mean, std=config.data.std, channels_last=config.model.channels_last),
-        config.run.seed,
-    )
-    stream = TrainStream(train_index, plan, config.data, config.augment, config.run.seed, world)
+    preprocess = Preprocess(mean=config.data.mean, std=config.data.std, channels_last=config.model.channels_last)
+    engine = build_engine(config.engine, model, optimizer, loss, plan, world, preprocess, config.run.seed)
     facts = {
         "fingerprint": train_index.fingerprint,
         "order": asdict(stream.spec),
@@ -191,7 +186,7 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
         plan=plan,
         every=every,
         stream=stream,
-        val=EvalStream(val_index, config.data, center_crop(config.eval), config.eval.batch, world),
+        val=val,
         engine=engine,
         learning_rate=learning_rate,
         batch_norm=batch_norm,

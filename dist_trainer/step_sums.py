@@ -42,7 +42,9 @@ class StepSums:
         """The step is over; `applied` says whether its update was made. Its statistics count only then."""
         self.finish()
         votes = [float(self._stop_request.signal == name) for name in STOP_SIGNALS]
-        head = torch.tensor([0.0, self._num_samples, *votes], dtype=torch.float64, device=self._device)
+        pinned = self._device.type == "cuda"  # a copy from other memory would wait for the device
+        head = torch.tensor([0.0, self._num_samples, *votes], dtype=torch.float64, pin_memory=pinned)
+        head = head.to(self._device, non_blocking=True)
         head[0] = self._loss
         self._sum.launch(torch.cat([head, self._batch_norm.take()]))
         self._applied = applied

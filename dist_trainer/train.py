@@ -1,4 +1,4 @@
-"""A training run. `train` is the loop and everything that happens in it, in order; setup.py builds what it uses."""
+"""A training run. `train` is the loop and everything that happens in it, in order; run.py builds what it uses."""
 
 import time
 from collections.abc import Iterator

@@ -1,6 +1,8 @@
 """Optimizers by name, with weight decay kept off normalisation parameters and biases."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,8 +23,8 @@ NORM_LAYERS = (
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Named):
     name: str = "sgd"
-    """sgd, or package.module:Name of a torch.optim.Optimizer that treats each element alone."""
-    args: dict[str, Any] = field(default_factory=lambda: {"momentum": 0.9})
+    """sgd (momentum 0.9 unless args say otherwise), or package.module:Name of an element-wise torch.optim.Optimizer."""
+    args: dict[str, Any] = field(default_factory=dict)
     """The optimizer's own arguments, without lr and weight_decay."""
     weight_decay: float = 0.0
     """Coupled L2 for sgd: added to the gradient."""
@@ -30,7 +32,7 @@ class OptimizerConfig(Named):
     """Parameters without weight decay: of normalisation layers, biases of all layers."""
 
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": partial(torch.optim.SGD, momentum=0.9)}
 
 
 def decay_groups(
