@@ -99,6 +99,13 @@ def test_optimizers_are_built_by_name_and_by_path() -> None:
     assert [tuple(g["betas"]) for g in adamw.param_groups] == [(0.8, 0.9)] * 2
 
 
+def test_momentum_is_a_default_of_sgd_alone() -> None:
+    """Fails when it is the default of optimizer.args, which every other optimizer would be handed."""
+    model = nn.Linear(2, 2)
+    assert [group["momentum"] for group in build_optimizer(OptimizerConfig(), model).param_groups] == [0.9, 0.9]
+    assert type(build_optimizer(OptimizerConfig(name="torch.optim:AdamW"), model)) is torch.optim.AdamW
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -106,7 +113,10 @@ def test_optimizers_are_built_by_name_and_by_path() -> None:
         ({"name": "torch.optim:AdamX", "args": {}}, ["optimizer.name: 'torch.optim:AdamX'", "did you mean 'Adam"]),
         ({"name": "no_such:Thing"}, ["optimizer.name: 'no_such:Thing'", "cannot import 'no_such'"]),
         ({"args": {"momentun": 0.9}}, ["optimizer.args: sgd: ", "'momentun'", "it accepts", "momentum"]),
-        ({"name": "torch.optim:AdamW"}, ["optimizer.args: torch.optim:AdamW: ", "'momentum'"]),
+        (
+            {"name": "torch.optim:AdamW", "args": {"momentum": 0.9}},
+            ["optimizer.args: torch.optim:AdamW: ", "'momentum'"],
+        ),
         ({"args": {"momentum": -1.0}}, ["optimizer: sgd: ", "momentum"]),
         ({"args": {"lr": 0.1}}, ["optimizer.args.lr: ", "lr.base"]),
         ({"args": {"weight_decay": 0.1}}, ["optimizer.args.weight_decay: ", "optimizer.weight_decay"]),
