@@ -29,8 +29,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, fashion: list[str]) -> Path:
     """Every run of this file: one start of the ranks per world. Elastic and chained runs go on from start to start."""
     folder = tmp_path_factory.mktemp("worlds")
     argv = [*TINY, *fashion]
-    poison = ["--loss.name=tiny:Poisoned", "--loss.args={calls: [6], rank: 1}", "--loss.label_smoothing=0",
-              "--checkpoint.every=1step", "--checkpoint.keep_last=30"]  # fmt: skip
+    poison = ["--model.args={poison: [6, 1]}", "--checkpoint.every=1step", "--checkpoint.keep_last=30"]
     scaled = ["--loss.name=tiny:Scaled", "--loss.args={factor: 100}", "--loss.label_smoothing=0", "--lr.peak=0.001"]
     extensions = {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
 
@@ -144,7 +143,8 @@ def test_clipping_clips(runs: Path) -> None:
 def test_a_step_that_is_not_finite_changes_nothing_anywhere(runs: Path, name: str) -> None:
     """NaN on one rank in step 3: weights, momentum and BN statistics stay bit for bit; training goes on, clean.
 
-    Mutation: step without the finite check (stage 0 then fills the weights with NaN); skip `publish` after it.
+    Mutations: step without the finite check (stage 0 then fills the weights with NaN); skip `publish` after it (NaN then
+    stays in batch-norm for good).
     """
     run = runs / f"poisoned-{name}"
     before, after, later = (run / "checkpoints" / f"step_{n:08d}" for n in (3, 4, 5))

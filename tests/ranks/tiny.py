@@ -11,8 +11,10 @@ from torch import nn
 class SmoothNet(nn.Module):
     """Convolutions, batch-norm, dropout, and no kink where rounding could choose another branch."""
 
-    def __init__(self, num_classes: int, dropout: float = 0.1) -> None:
+    def __init__(self, num_classes: int, dropout: float = 0.1, poison: tuple[int, int] = (-1, 0)) -> None:
+        """`poison` (n, rank): the n-th training forward on that rank sees NaN."""
         super().__init__()
+        self.poison, self.num_forwards = poison, 0
         self.conv1 = nn.Conv2d(1, 8, 3, stride=2, padding=1)
         self.bn1 = nn.BatchNorm2d(8)
         self.conv2 = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False)
@@ -21,6 +23,10 @@ class SmoothNet(nn.Module):
         self.fc = nn.Linear(16, num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            if (self.num_forwards, int(os.environ.get("RANK", 0))) == tuple(self.poison):
+                x = x * float("nan")
+            self.num_forwards += 1
         x = F.silu(self.bn1(self.conv1(x)))
         x = F.silu(self.bn2(self.conv2(x)))
         return self.fc(self.dropout(x.mean((2, 3))))  # type: ignore[no-any-return]
@@ -37,16 +43,3 @@ class Scaled:
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self.factor * F.cross_entropy(logits, labels, reduction="none")
-
-
-class Poisoned:
-    """Cross-entropy, but not a number in some calls on one rank."""
-
-    def __init__(self, calls: list[int], rank: int) -> None:
-        self.calls = calls if int(os.environ.get("RANK", 0)) == rank else []
-        self.call = -1
-
-    def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        self.call += 1
-        loss = F.cross_entropy(logits, labels, reduction="none")
-        return loss * float("nan") if self.call in self.calls else loss
