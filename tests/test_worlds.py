@@ -29,7 +29,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, fashion: list[str]) -> Path:
     """Every run of this file: one start of the ranks per world. Elastic and chained runs go on from start to start."""
     folder = tmp_path_factory.mktemp("worlds")
     argv = [*TINY, *fashion]
-    poison = ["--model.args={poison: [6, 1]}", "--checkpoint.every=1step", "--checkpoint.keep_last=30"]
+    poison = ["--model.args={poison: [6, 1]}"]
+    watched = ["--checkpoint.every=1step", "--checkpoint.keep_last=30"]
     scaled = ["--loss.name=tiny:Scaled", "--loss.args={factor: 100}", "--loss.label_smoothing=0", "--lr.peak=0.001"]
     extensions = {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
 
@@ -52,7 +53,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, fashion: list[str]) -> Path:
         *({"name": f"scaled-{name}", "argv": [*argv, *engine(name), *scaled]} for name in STAGES),
         *({"name": f"clipped-{name}", "argv": [*argv, *engine(name), *scaled, "--engine.clip_grad_norm=0.5"]}
           for name in STAGES),
-        *({"name": f"poisoned-{name}", "argv": [*argv, *engine(name), *poison]} for name in STAGES),
+        *({"name": f"poisoned-{name}", "argv": [*argv, *engine(name), *poison, *watched]} for name in STAGES),
+        {"name": "poisoned-unwatched", "argv": [*argv, *poison, "--log.every=20step"]},
         *({"name": "chain", "argv": [*argv, *engine(name)], "stop_at": 3 + 4 * n, "stop_rank": n % 2}
           for n, name in enumerate(STAGES[:4])),
         {"name": "chain", "argv": argv},
@@ -143,8 +145,7 @@ def test_clipping_clips(runs: Path) -> None:
 def test_a_step_that_is_not_finite_changes_nothing_anywhere(runs: Path, name: str) -> None:
     """NaN on one rank in step 3: weights, momentum and BN statistics stay bit for bit; training goes on, clean.
 
-    Mutations: step without the finite check (stage 0 then fills the weights with NaN); skip `publish` after it (NaN then
-    stays in batch-norm for good).
+    Mutation: step without the finite check (stage 0 then fills the weights with NaN).
     """
     run = runs / f"poisoned-{name}"
     before, after, later = (run / "checkpoints" / f"step_{n:08d}" for n in (3, 4, 5))
@@ -157,6 +158,11 @@ def test_a_step_that_is_not_finite_changes_nothing_anywhere(runs: Path, name: st
     assert all(bool(value.isfinite().all()) for value in tensors(run).values())
     losses = metrics(run, "train/loss")
     assert all(math.isfinite(loss) for loss in losses), "a skipped step's loss is not counted"
+
+
+def test_a_skipped_step_leaves_nothing_behind_that_a_save_would_clean(runs: Path) -> None:
+    """The same run without a save or a log line until its end. Mutation: no `publish` after a skipped step: NaN stays."""
+    assert furthest(runs / "poisoned-zero0", runs / "poisoned-unwatched") == 0
 
 
 def tensors_of(folder: Path, file: str) -> dict[str, torch.Tensor]:
