@@ -74,6 +74,8 @@ def furthest(a: Path, b: Path, name: str = "model") -> float:
     """The largest difference between two runs' final tensors."""
     first, second = tensors(a, name), tensors(b, name)
     assert first.keys() == second.keys()
+    # NaN would pass every comparison below.
+    assert all(bool(value.isfinite().all()) for state in (first, second) for value in state.values())
     return max(float((first[key].double() - second[key].double()).abs().max()) for key in first)
 
 
@@ -161,7 +163,7 @@ def test_a_step_that_is_not_finite_changes_nothing_anywhere(runs: Path, name: st
 
 
 def test_a_skipped_step_leaves_nothing_behind_that_a_save_would_clean(runs: Path) -> None:
-    """The same run without a save or a log line until its end. Mutation: no `publish` after a skipped step: NaN stays."""
+    """The same run, not saved or logged until its end. Mutation: no `publish` after a skipped step: NaN stays."""
     assert furthest(runs / "poisoned-zero0", runs / "poisoned-unwatched") == 0
 
 
