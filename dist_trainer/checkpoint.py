@@ -27,6 +27,8 @@ MANIFEST = "MANIFEST.json"
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
+    """What is saved to go on from."""
+
     every: str | None = "1ep"
     """How often to save; null: only at the end and when stopped."""
     keep_last: int = 2

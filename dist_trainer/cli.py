@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from dist_trainer.config import TrainConfig, check_keys
 from dist_trainer.errors import LocalError, UserError, nearest
@@ -87,6 +87,7 @@ def dispatch(argv: list[str]) -> int:
 
 
 def _parser(command: str, description: str, config: bool = True) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the string under a field is its help
     parser = ArgumentParser(
         prog=f"dist-trainer {command}", description=description, exit_on_error=False, allow_abbrev=False
     )

@@ -22,6 +22,8 @@ from dist_trainer.tricks.optimizers import OptimizerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """A whole run."""
+
     data: DataConfig
     run: RunConfig = field(default_factory=RunConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -35,6 +35,8 @@ warnings.filterwarnings("ignore", message=r"`broadcast_buffers` is deprecated.*"
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
+    """How gradients are computed, reduced and applied."""
+
     backend: Literal["deepspeed", "torch"] = "deepspeed"
     """deepspeed, or torch: plain DistributedDataParallel, the same numbers."""
     zero: Literal[0, 1, 2, 3] = 0

@@ -15,6 +15,8 @@ from dist_trainer.inference import Inference
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
+    """How the validation set is scored."""
+
     every: str | None = "1ep"
     """How often to validate; null: only at the end."""
     batch: int = 256

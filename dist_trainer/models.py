@@ -15,6 +15,8 @@ from dist_trainer.named import Named, build
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Named):
+    """The network."""
+
     name: str = "torchvision/resnet50"
     """timm/NAME, torchvision/NAME, small_resnet, or package.module:Name."""
     args: dict[str, Any] = field(default_factory=dict)

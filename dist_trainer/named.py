@@ -13,6 +13,8 @@ from dist_trainer.errors import UserError, nearest
 
 @dataclass(frozen=True, kw_only=True)
 class Named:
+    """Something chosen by name."""
+
     name: str
     """A built-in name, or package.module:Name."""
     args: dict[str, Any] = field(default_factory=dict)

@@ -18,6 +18,8 @@ _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ep|step|sample|%)s?\s*")
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
+    """How many samples stand together."""
+
     global_batch: int = 256
     """Samples per update, on any number of devices."""
     micro_batch: int = 32

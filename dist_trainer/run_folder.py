@@ -27,6 +27,8 @@ _STALE_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
+    """Where the run lives, and its seed."""
+
     dir: str = "runs"
     """Where run folders are made."""
     name: str = "auto"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -279,3 +280,16 @@ def test_shipped_files_are_listed_and_copied_but_overwrite_nothing(
     assert (tmp_path / "fashion_mnist.yaml").read_bytes() == FASHION.read_bytes()
     assert "did you mean 'fashion_mnist'?" in refused("cp", "fashion_mnits", tmp_path / "x")
     assert refused("cp", "fashion_mnist", tmp_path / "no" / "folder").startswith(str(tmp_path / "no" / "folder"))
+
+
+def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    """The string under each field is its help. Fails when a field has none, or the parser no longer reads them."""
+    with pytest.raises(SystemExit):
+        dispatch(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.partition("A whole run:")[2].split())
+    keys = set(re.findall(r"--([a-z_]+\.[a-z_.]+) ", text)) - set(re.findall(r"--(\S+\.help)", text))
+    assert {"batch.micro_batch", "engine.zero", "lr.warmup.start"} < keys
+    for key in keys:
+        entry = re.search(rf"--{re.escape(key)} \S+(?:, --\S+ \S+)? (.*?)\((?:required, )?type:", text)
+        assert entry, f"--{key} has no help"
+        assert len(entry[1].split()) >= 2, f"--{key} has no help"

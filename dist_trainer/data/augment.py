@@ -30,6 +30,8 @@ class CropConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
+    """What happens to training images."""
+
     crop: CropConfig | None = None
     """Null leaves images as they are; then all must have one size."""
     flip: float = 0.5

@@ -25,6 +25,8 @@ from dist_trainer.plan import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """What is read, and how it is decoded."""
+
     train: str
     """Training tars: a folder, one tar, or a brace pattern."""
     val: str

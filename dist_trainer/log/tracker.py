@@ -17,6 +17,8 @@ from dist_trainer.log.wandb_run import WandbConfig, WandbRun
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
+    """Training metrics."""
+
     every: str = "50step"
     """How often a line of training metrics is written."""
 

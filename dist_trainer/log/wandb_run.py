@@ -11,9 +11,12 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True, kw_only=True)
 class WandbConfig:
+    """Weights & Biases."""
+
     mode: Literal["online", "offline", "disabled"] = "online"
     """online falls back to offline, with a line, where no API key is set up."""
     project: str = "dist_trainer"
+    """Where the run appears."""
     entity: str | None = None
     """Null: your default entity."""
 

@@ -12,6 +12,8 @@ from dist_trainer.plan import Duration, Plan
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupConfig:
+    """The way up to the peak rate."""
+
     duration: str = "0ep"
     """Linear warm-up of this length, one increment per step."""
     start: Literal["0", "base"] = "0"
@@ -20,6 +22,8 @@ class WarmupConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRateConfig:
+    """The learning rate at every step."""
+
     base: float | None = None
     """Rate per 256 samples of global batch, scaled by `scale`. `base` or `peak`, exactly one."""
     peak: float | None = None

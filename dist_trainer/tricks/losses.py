@@ -15,6 +15,8 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(Named):
+    """What is minimised."""
+
     name: str = "cross_entropy"
     """cross_entropy, or package.module:Name: called with args, gives f(float32 [m, K], int64 labels [m]) -> [m]."""
     args: dict[str, Any] = field(default_factory=dict)

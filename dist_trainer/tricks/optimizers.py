@@ -22,6 +22,8 @@ NORM_LAYERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Named):
+    """The update rule."""
+
     name: str = "sgd"
     """sgd (momentum 0.9 unless args say otherwise), or package.module:Name of an element-wise torch.optim.Optimizer."""
     args: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,22 @@
+"""The README's config is one that the program takes."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dist_trainer.cli import dispatch
+
+
+def test_the_readmes_imagenet_config_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """1,281,167 images, 256 a step, 90 epochs. Mutation: misspell a key in the README."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (config,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    file = tmp_path / "my.yaml"
+    file.write_text(config)
+    assert dispatch(["plan", str(file), "--samples", "1281167", "--gpus", "8", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["parameters"] == 25_557_032
+    assert (figures["steps_per_epoch"], figures["total_steps"]) == (5005, 450_450)
+    assert (figures["warmup_steps"], figures["lr_first"], figures["lr_peak"]) == (25_025, 0.1, 0.1)
