@@ -43,7 +43,7 @@ from dist_trainer.tricks.optimizers import OptimizerConfig, build_optimizer, dec
 
 MODELS = {
     # name: (model, its arguments, channels, pixels, samples per rank, steps per side and round)
-    "demo": ("small_resnet", {"in_channels": 1}, 1, 28, 128, 20),
+    "demo": ("small_resnet", {"in_channels": 1}, 1, 28, 128, 36),
     "resnet18_64px": ("torchvision/resnet18", {}, 3, 64, 32, 6),
 }
 MEAN, STD = 0.5, 0.25
@@ -129,11 +129,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
         for precision in ("bf16",) if arguments.quick else ("bf16", "fp32"):
             sides = build_sides(name, precision, world)
             times: dict[str, list[float]] = {side: [] for side in sides}
+            order = list(sides)
             for round_number in range(arguments.rounds + 1):
-                for side, steps in sides.items():
+                order.append(order.pop(0))  # nobody always follows the same neighbour
+                for side in order:
                     dist.barrier()
                     start = time.perf_counter()
-                    steps(count)
+                    sides[side](count)
                     if world.device.type == "cuda":
                         torch.cuda.synchronize()
                     if round_number:  # the first round warms up

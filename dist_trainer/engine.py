@@ -91,6 +91,7 @@ class Engine(Inference):
             torch.cuda.default_generators[world.local_rank] if self._device.type == "cuda" else torch.default_generator
         )
         self._micro_step = 0
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
 
     # What a backend provides
 
@@ -148,12 +149,12 @@ class Engine(Inference):
 
     def _clip_and_update(self) -> bool:
         """For whole gradients, equal on all ranks: the one host read of a step, without a collective."""
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         self.grad_norm = nn.utils.get_total_norm(gradients)
         if not math.isfinite(self.grad_norm.item()):
             return False
         if self.config.clip_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.module.parameters(), self.config.clip_grad_norm, self.grad_norm)
+            nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip_grad_norm, self.grad_norm)
         return True
 
     def model_state(self) -> State:
