@@ -52,8 +52,8 @@ def deepspeed_config(config: EngineConfig, plan: Plan) -> dict[str, Any]:
 
     `gradient_clipping` is always written, since its default is 1.0. Accumulation is the plan's, told to DeepSpeed
     micro-batch by micro-batch, so its own count is 1. The empty list of lower-precision modules keeps gradients
-    from being reduced in bf16. The throughput timer would wait for the device twice a step. At stage 0 this engine
-    clips and checks by itself, without another collective.
+    from being reduced in bf16. The throughput timer would wait for the device twice a step. ZeroStage0 clips, checks
+    and computes under autocast by itself, without another collective.
     """
     clip = config.clip_grad_norm or 0.0
     values: dict[str, Any] = {
@@ -83,7 +83,7 @@ class Engine(Inference):
         preprocess: Preprocess,
         seed: int,
     ) -> None:
-        super().__init__(model, config.precision, preprocess, world)
+        super().__init__(model.to(world.device), config.precision, preprocess, world)
         self.plan, self.config = plan, config
         self.grad_norm: torch.Tensor = torch.zeros(())
         self._loss, self._seed = loss, seed
@@ -164,48 +164,28 @@ class Engine(Inference):
     def close(self) -> None:
         """Give back what the backend holds, before the process group ends."""
 
-    def _named_state(self) -> State:
-        return {
-            f"{key}/{name}": value.detach()
-            for name, parameter in self.module.named_parameters()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-            if isinstance(value, torch.Tensor)
-        }
-
-    def _load_named_state(self, state: State) -> None:
-        parameters = dict(self.module.named_parameters())
-        for full_name, value in state.items():
-            key, name = full_name.split("/", 1)
-            parameter = parameters[name]
-            self.optimizer.state[parameter][key] = (
-                torch.empty_like(parameter).copy_(value) if value.dim() else value.clone()
-            )
-
-
-def _data_parallel(model: nn.Module, device: torch.device) -> nn.parallel.DistributedDataParallel:
-    """Gradients are averaged while backward still runs; initial weights and buffers are rank 0's.
-
-    Buffers are not broadcast later: tricks/batch_norm.py owns the running statistics.
-    """
-    return nn.parallel.DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        bucket_cap_mb=25,  # said aloud, also the first bucket's: a small network is reduced at once instead of in two
-    )
-
 
 class TorchEngine(Engine):
-    """torch's DistributedDataParallel and nothing else."""
+    """torch's DistributedDataParallel, which reduces gradients while backward still runs."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
-        if self.config.zero:
-            raise UserError(f"engine.zero: {self.config.zero} needs engine.backend: deepspeed; torch's DDP is stage 0")
-        model.to(self._device).to(memory_format=self._format)
         self.optimizer = optimizer
-        self._ddp = _data_parallel(model, self._device)
+        self._prepare_update()
+        model.to(memory_format=self._format)
+        self._ddp = nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[self._device.index] if self._device.type == "cuda" else None,
+            broadcast_buffers=False,  # tricks/batch_norm.py owns the running statistics
+            gradient_as_bucket_view=True,
+            bucket_cap_mb=25,  # said aloud, also the first bucket's: a small network is reduced at once, not in two
+        )
+
+    def _prepare_update(self) -> None:
+        """What has to see the model before its layout changes and DDP wraps it."""
+
+    def _apply_update(self) -> None:
+        self.optimizer.step()
 
     def _forward(self, images: torch.Tensor) -> torch.Tensor:
         self._ddp.require_backward_grad_sync = self._is_last
@@ -219,54 +199,78 @@ class TorchEngine(Engine):
     def _update(self) -> bool:
         applied = self._clip_and_update()
         if applied:
-            self.optimizer.step()
+            self._apply_update()
         self.optimizer.zero_grad(set_to_none=True)
         return applied
 
     def optimizer_state(self) -> State:
-        return self._named_state()
+        return {
+            f"{key}/{name}": value.detach()
+            for name, parameter in self.module.named_parameters()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+            if isinstance(value, torch.Tensor)
+        }
 
     def load_optimizer_state(self, state: State) -> None:
-        self._load_named_state(state)
+        parameters = dict(self.module.named_parameters())
+        for full_name, value in state.items():
+            key, name = full_name.split("/", 1)
+            parameter = parameters[name]
+            self.optimizer.state[parameter][key] = (
+                torch.empty_like(parameter).copy_(value) if value.dim() else value.clone()
+            )
 
 
-class DeepSpeedEngine(Engine):
-    """DeepSpeed. At stage 0 its reduction, which begins when backward has ended, gives way to DDP's, which overlaps."""
+def _initialize_deepspeed(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: EngineConfig, plan: Plan, device: torch.device
+) -> Any:
+    """DeepSpeed's engine around `model`, which stands on its device."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    from dist_trainer.zero_state import no_inference_kernels
+
+    if device.type == "cpu":
+        no_inference_kernels()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.init_distributed(dist_init_required=False)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, plan))
+    return engine
+
+
+class ZeroStage0(TorchEngine):
+    """DeepSpeed with nothing to shard: its engine makes the update, and the rest is DDP's.
+
+    DeepSpeed's own reduction begins when backward has ended; DDP's overlaps with it.
+    """
+
+    def _prepare_update(self) -> None:
+        # Before the layout changes: initialize does not take channels_last weights.
+        self._engine = _initialize_deepspeed(self.module, self.optimizer, self.config, self.plan, self._device)
+
+    def _apply_update(self) -> None:
+        self._engine.step()
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed at ZeRO 1, 2 and 3. Weights live in flat buffers and stay contiguous; only images are channels_last."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
-        if self._device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed
-
-        from dist_trainer import zero_state
-
-        if self._device.type == "cpu":
-            zero_state.no_inference_kernels()
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        deepspeed.init_distributed(dist_init_required=False)
-        self._zero_state = zero_state
-        self._engine, self.optimizer, *_ = deepspeed.initialize(
-            model=model.to(self._device), optimizer=optimizer, config=deepspeed_config(self.config, self.plan)
-        )
-        self.module = self._engine.module
-        if self.config.zero == 0:
-            # Before initialize it would crash; above stage 0 weights live in flat buffers and stay contiguous.
-            self.module.to(memory_format=self._format)
-            self._ddp = self._engine.module = _data_parallel(self.module, self._device)
-            self._engine.enable_backward_allreduce = False
-        else:
-            for buffer in self.module.buffers():  # DeepSpeed broadcasts parameters only
-                dist.broadcast(buffer, 0)
+        self._engine = _initialize_deepspeed(model, optimizer, self.config, self.plan, self._device)
+        self.optimizer = self._engine.optimizer
+        for buffer in self.module.buffers():  # DeepSpeed broadcasts parameters only
+            dist.broadcast(buffer, 0)
         self._coalesce: contextlib.ExitStack | None = None
 
     def _forward(self, images: torch.Tensor) -> torch.Tensor:
-        if self.config.zero == 0:
-            self._ddp.require_backward_grad_sync = self._is_last
-        elif self.plan.forwards > 1 and self._micro_step == 0:  # one reduction per step, at the exit of this block
+        if self.plan.forwards > 1 and self._micro_step == 0:  # one reduction per step, at the exit of this block
             self._coalesce = contextlib.ExitStack()
             self._coalesce.enter_context(self._engine.coalesce_grad_reduction())
-        self._engine.set_gradient_accumulation_boundary(self._is_last)
         output: torch.Tensor = self._engine(images)
         return output
 
@@ -277,36 +281,28 @@ class DeepSpeedEngine(Engine):
             self._coalesce = None
 
     def _update(self) -> bool:
-        if self.config.zero == 0:
-            applied = self._clip_and_update()
-            if applied:
-                self._engine.step()
-            else:
-                self._engine.zero_grad()
-            return applied
         self._engine.step()
         self.grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
         return bool(self._engine.was_step_applied())
 
     def model_state(self) -> State:
+        from dist_trainer.zero_state import full_weight
+
         state = super().model_state()
         if self.config.zero == 3:
             for name, parameter in self.module.named_parameters():
-                state[name] = self._zero_state.full_weight(parameter)
+                state[name] = full_weight(parameter)
         return state
 
     def optimizer_state(self) -> State:
-        if self.config.zero == 0:
-            return self._named_state()
-        return self._zero_state.get_optimizer_state(self._engine, self.config.zero)
+        from dist_trainer.zero_state import get_optimizer_state
+
+        return get_optimizer_state(self._engine, self.config.zero)
 
     def load_optimizer_state(self, state: State) -> None:
-        if self.config.zero == 0:
-            self._load_named_state(state)
-        else:
-            self._zero_state.set_optimizer_state(
-                self._engine, self.config.zero, state, self.world.rank, self.world.size
-            )
+        from dist_trainer.zero_state import set_optimizer_state
+
+        set_optimizer_state(self._engine, self.config.zero, state, self.world.rank, self.world.size)
 
     def close(self) -> None:
         self._engine.destroy()
@@ -325,5 +321,7 @@ def build_engine(
     """The engine that `config` names."""
     if config.clip_grad_norm is not None and not config.clip_grad_norm > 0:
         raise UserError(f"engine.clip_grad_norm: {config.clip_grad_norm} is not positive; null does not clip")
-    backend = {"deepspeed": DeepSpeedEngine, "torch": TorchEngine}[config.backend]
+    if config.backend == "torch" and config.zero:
+        raise UserError(f"engine.zero: {config.zero} needs engine.backend: deepspeed; torch's DDP is stage 0")
+    backend = TorchEngine if config.backend == "torch" else ZeroEngine if config.zero else ZeroStage0
     return backend(model, optimizer, loss, config, plan, world, preprocess, seed)
