@@ -29,7 +29,7 @@ $(VENV)/installed-test: $(VENV)/installed
 # The images come from Debian's package where there is one; otherwise torchvision downloads them.
 data: $(DATA)/val/index.dtx
 
-$(RAW)/train-images-idx3-ubyte: $(VENV)/installed
+$(RAW)/train-images-idx3-ubyte: | $(VENV)/installed
 	@mkdir -p $(RAW)
 	@if [ ! -d $(DEBIAN) ] && command -v apt-get >/dev/null; then \
 	  (cd data/raw && (apt-get download dataset-fashion-mnist || (apt-get update -qq; apt-get download dataset-fashion-mnist)) \
