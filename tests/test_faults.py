@@ -90,22 +90,30 @@ def test_killed_at_random_and_resumed_is_the_run_that_was_not(
 def test_ctrl_c_and_sigterm_stop_at_the_next_step_and_say_how_to_go_on(
     argv: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
-    """To every process at once, as a terminal and Slurm do, loader workers included; then to one rank alone.
+    """To every process at once, as a terminal does; to one rank alone; to all but torchrun, as Slurm does with SIGUSR1.
 
-    Mutations: let loader workers die of the signal; reduce votes on rank 0 only; skip the save.
+    Mutations: let loader workers or multiprocessing's helper die of the signal; reduce votes on rank 0 only; skip the
+    save.
     """
     run = tmp_path / "run"
     command = torchrun(2, *argv, "--data.workers=1", f"--run.dir={tmp_path}", "--run.name=run")
-    for number, everyone in ((signal.SIGINT, True), (signal.SIGTERM, False)):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         session = Session(command, tmp_path / f"log-{number.name}")
         before = max(metrics(run, "step"), default=0) if (run / "metrics.jsonl").exists() else 0
         wait_for_step(session, run, before + 20)
-        for pid in session.pids() if everyone else session.rank_pids()[-1:]:
+        everyone = set(session.pids())
+        targets = {
+            signal.SIGINT: everyone,
+            signal.SIGTERM: set(session.rank_pids()[-1:]),
+            signal.SIGUSR1: everyone - {session.process.pid},
+        }
+        for pid in targets[number]:
             os.kill(pid, number)
         session.wait(60)
         assert not session.left_after(15), session.left_after(0)
         assert (run / "STATE").read_text() == "stopped\n"
         assert f"stopped by {number.name} after step" in session.log.read_text()
+        assert "KeyError" not in session.log.read_text()
         assert "Traceback" not in session.log.read_text().split("torch/distributed", 1)[0]
     session = Session(command, tmp_path / "log")
     assert session.wait() == 0, session.log.read_text()[-5000:]

@@ -5,8 +5,10 @@ their batches back in order, and after a restart the loop asks for the next addr
 """
 
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from multiprocessing import resource_tracker
 from typing import Any, Literal
 
 import numpy as np
@@ -213,7 +215,20 @@ def num_workers(config: DataConfig, world: World) -> int:
     return config.workers
 
 
+def _start_resource_tracker() -> None:
+    """Start multiprocessing's helper so that it lives through SIGUSR1 as it does through SIGTERM and SIGINT.
+
+    Slurm signals every process of a job; without its helper, each semaphore of a loader ends in a traceback.
+    """
+    if threading.current_thread() is threading.main_thread():
+        former = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        resource_tracker.ensure_running()
+        signal.signal(signal.SIGUSR1, former)
+
+
 def _loader(samples: _Samples, addresses: Iterable[Any], workers: int, world: World) -> "DataLoader[Batch]":
+    if workers:
+        _start_resource_tracker()
     return DataLoader(
         samples,
         batch_size=None,  # an item is a whole micro-batch
