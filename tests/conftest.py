@@ -6,5 +6,5 @@ from running import FASHION
 def fashion() -> list[str]:
     """Arguments that name the Fashion-MNIST tars, which `make data` prepares."""
     if not (FASHION / "val" / "index.dtx").exists():
-        pytest.skip("Fashion-MNIST is not prepared: run make data")
+        pytest.fail("Fashion-MNIST is not prepared: run make data")
     return [f"--data.train={FASHION / 'train'}", f"--data.val={FASHION / 'val'}"]

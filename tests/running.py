@@ -86,7 +86,7 @@ class Session:
         """Processes that are still there once `seconds` have passed; returns as soon as there is none."""
         deadline = time.monotonic() + seconds
         while (left := self.pids()) and time.monotonic() < deadline:
-            time.sleep(0.1)
+            time.sleep(0.1)  # between two looks at /proc; nothing is assumed to be done after it
         return left
 
 

@@ -36,7 +36,7 @@ def wait_for_step(session: Session, run: Path, step: int) -> None:
         assert session.process.poll() is None, session.log.read_text()[-5000:]
         if (run / "metrics.jsonl").exists() and max(metrics(run, "step"), default=0) >= step:
             return
-        time.sleep(0.02)
+        time.sleep(0.02)  # between two looks at the log; the deadline decides
     raise AssertionError(f"step {step} was not reached")
 
 
