@@ -8,12 +8,9 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
-
-from dist_trainer.config import TrainConfig, check_keys
+from dist_trainer.arguments import new_parser, parse_config
 from dist_trainer.errors import LocalError, UserError, nearest
 
 USAGE = """usage: dist-trainer COMMAND ...
@@ -83,107 +80,9 @@ def dispatch(argv: list[str]) -> int:
     return commands[argv[0]](argv[1:])
 
 
-# Parsing
-
-
-def _parser(command: str, description: str, config: bool = True) -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the string under a field is its help
-    parser = ArgumentParser(
-        prog=f"dist-trainer {command}", description=description, exit_on_error=False, allow_abbrev=False
-    )
-    if config:
-        parser.add_argument("--config", action="config", help="YAML file; several merge left to right")
-        parser.add_class_arguments(TrainConfig, nested_key=None, sub_configs=False)
-    return parser
-
-
-def _parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
-    try:
-        return parser.parse_args(argv)
-    except ArgumentError as error:
-        raise UserError(_one_line(str(error), [action.dest for action in parser._actions])) from None
-
-
-def _one_line(text: str, known: list[str]) -> str:
-    """jsonargparse's message as one line that names key, value and what is allowed."""
-    line = " ".join(text.split())
-    if match := re.search(r"[Uu]nrecognized arguments: --([^\s=]+)", line):
-        return f"--{match[1]}: no such key{nearest(match[1], known)}"
-    if match := re.search(r"arguments are required: ([^\s,]+)", line):
-        return f"{match[1]}: is required"
-    if match := re.fullmatch(r'Parser key "([^"]+)":\s*(.*)', line):
-        key, reason = match[1], match[2]
-        reason = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", reason).replace("typing.", "")
-        if key == "config":
-            return reason
-        return f"{key}: {reason}"
-    return line
-
-
-def _check_keys(argv: list[str], options: set[str]) -> None:
-    """Every key of every --config file and of every --key.sub argument exists."""
-    words = iter(argv)
-    for word in words:
-        if word == "--":
-            return
-        if not word.startswith("--"):
-            continue
-        name, _, value = word[2:].partition("=")
-        if name == "config":
-            _check_file(value or next(words, ""))
-        elif name.partition(".")[0] not in options:
-            _check_argument(name.removesuffix("+"), value or next(words, ""))
-
-
-def _check_argument(name: str, text: str) -> None:
-    try:
-        nested: Any = yaml.safe_load(text)
-    except yaml.YAMLError:
-        nested = text
-    for part in reversed(name.split(".")):
-        nested = {part: nested}
-    check_keys(nested)
-
-
-def _check_file(file: str) -> None:
-    try:
-        values = yaml.safe_load(Path(file).read_text())
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: not a config: it holds {type(values).__name__} where keys belong")
-    try:
-        check_keys(values)
-    except UserError as error:
-        raise UserError(f"{error} (in {file})") from None
-
-
-def _with_config(argv: list[str]) -> list[str]:
-    """A positional CONFIG becomes --config: jsonargparse's positional config action is broken."""
-    if argv and not argv[0].startswith("-"):
-        if not Path(argv[0]).is_file():
-            raise UserError(f"{argv[0]}: no such config file; dist-trainer ls shows those that are shipped")
-        return ["--config", *argv]
-    return argv
-
-
-def _config(parser: ArgumentParser, argv: list[str]) -> tuple[TrainConfig, Namespace]:
-    argv = _with_config(argv)
-    _check_keys(argv, {action.dest for action in parser._actions} - set(TrainConfig.__dataclass_fields__))
-    values = _parse(parser, argv)
-    built = parser.instantiate_classes(values)
-    names = TrainConfig.__dataclass_fields__
-    return TrainConfig(**{name: built[name] for name in names}), values
-
-
-# Commands
-
-
 def _train(argv: list[str]) -> int:
-    parser = _parser("train", "Train, or go on where the run folder stands; evaluate and save.")
-    config, values = _config(parser, argv)
+    parser = new_parser("train", "Train, or go on where the run folder stands; evaluate and save.")
+    config, values = parse_config(parser, argv)
     from dist_trainer import comm
     from dist_trainer.log.console import Terminal
     from dist_trainer.run import Run, finish_run, start_run, summary_rows
@@ -208,7 +107,7 @@ def _train(argv: list[str]) -> int:
 
 
 def _eval(argv: list[str]) -> int:
-    parser = _parser("eval", "Exact accuracy of a checkpoint or a weights file, the same on any number of ranks.")
+    parser = new_parser("eval", "Exact accuracy of a checkpoint or a weights file, the same on any number of ranks.")
     parser.add_argument(
         "--weights",
         type=str | None,
@@ -220,7 +119,7 @@ def _eval(argv: list[str]) -> int:
         if not (folder / "config.yaml").is_file():
             raise UserError(f"{folder}: not a run folder: it has no config.yaml")
         argv = [str(folder / "config.yaml"), *argv[1:]]
-    config, values = _config(parser, argv)
+    config, values = parse_config(parser, argv)
     from dist_trainer import comm
     from dist_trainer.checkpoint import newest
     from dist_trainer.evaluation_run import evaluate_weights
@@ -247,14 +146,14 @@ def _eval(argv: list[str]) -> int:
 
 
 def _plan(argv: list[str]) -> int:
-    parser = _parser("plan", "Everything that follows from a config, before a node is paid for.")
+    parser = new_parser("plan", "Everything that follows from a config, before a node is paid for.")
     parser.add_argument("--gpus", type=int | None, default=None, help="ranks; default: what this machine can use")
     parser.add_argument(
         "--samples", type=int | None, default=None, help="size of the training set, where it is not here"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--show", type=str | None, default=None, help="print one figure alone, such as world")
-    config, values = _config(parser, argv)
+    config, values = parse_config(parser, argv)
     from dist_trainer.plan_report import plan_figures, plan_rows
 
     figures = plan_figures(config, gpus=values.gpus, num_samples=values.samples)
@@ -278,34 +177,11 @@ def _plan(argv: list[str]) -> int:
 
 
 def _shards(argv: list[str]) -> int:
-    if not argv or argv[0] != "pack":
-        raise UserError("shards: say what to do: dist-trainer shards pack SOURCE OUT")
-    parser = _parser("shards pack", "Images to WebDataset tars and their index: OUT/train and OUT/val.", config=False)
-    parser.add_argument(
-        "source", type=str, help="a folder with train/ and val/ (or class folders), or torchvision/NAME"
-    )
-    parser.add_argument("out", type=str, help="a folder that will be made")
-    parser.add_argument(
-        "--root", type=str | None, default=None, help="where torchvision's files are, or are downloaded to"
-    )
-    parser.add_argument("--samples_per_shard", type=int, default=2048, help="samples per tar")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle over shards")
-    values = _parse(parser, argv[1:])
-    from rich.progress import track
+    from dist_trainer.cli_shards import COMMANDS
 
-    from dist_trainer.comm import cores
-    from dist_trainer.data.pack import find_splits, pack
-
-    if values.samples_per_shard < 1:
-        raise UserError(f"--samples_per_shard: {values.samples_per_shard} is not positive")
-    for split, source in find_splits(values.source, Path(values.root) if values.root else None).items():
-        out = Path(values.out) / split
-        done = 0
-        shards = pack(source, out, samples_per_shard=values.samples_per_shard, seed=values.seed, num_processes=cores())
-        for samples in track(shards, f"packing {split}", total=-(-len(source) // values.samples_per_shard)):
-            done += samples
-        print(f"{out}: {done:,} samples, {len(source.class_names)} classes")
-    return 0
+    if not argv or argv[0] not in COMMANDS:
+        raise UserError(f"shards: say what to do: {', '.join(COMMANDS)}; dist-trainer shards pack --help")
+    return COMMANDS[argv[0]](argv[1:])
 
 
 def _shipped() -> dict[str, Path]:

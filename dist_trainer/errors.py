@@ -12,6 +12,10 @@ class LocalError(UserError):
     """A UserError that this rank alone has met, so this rank has to say it."""
 
 
+class Outage(LocalError):
+    """Storage did not give what it should, after all retries: nothing is wrong with the data, a later try may do."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest known word, or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

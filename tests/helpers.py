@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis
@@ -73,7 +74,8 @@ def sample_members(num_samples: int, size: int = 8) -> Members:
 
 def index_of(*tars: Path) -> ShardIndex:
     """Tars of one folder, scanned in this process."""
-    return join(tars[0].parent, [tar.name for tar in tars], [scan_tar(tar) for tar in tars])
+    index = join([tar.name for tar in tars], [scan_tar(tar) for tar in tars])
+    return replace(index, root=str(tars[0].parent))
 
 
 def message(caught: pytest.ExceptionInfo[UserError]) -> str:

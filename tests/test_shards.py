@@ -20,7 +20,7 @@ from dist_trainer.data.index import FILE_NAME, SAMPLE, ShardIndex
 from dist_trainer.data.pack import FolderSource, pack
 from dist_trainer.data.read import TarReader
 from dist_trainer.data.scan import scan_tar
-from dist_trainer.data.sources import prepare_index
+from dist_trainer.data.sources import open_index, prepare_index
 from dist_trainer.data.stream import EvalAddress, EvalSamples
 from dist_trainer.errors import UserError
 
@@ -259,10 +259,10 @@ def test_an_index_whose_tars_are_gone_or_changed_is_refused(copy: Path) -> None:
     """Fails when the size of a tar is not held against the index."""
     tar = copy / "000001.tar"
     tar.write_bytes(tar.read_bytes() + bytes(512))
-    text = refused(lambda: ShardIndex.load(copy / FILE_NAME))
-    assert text.startswith(f"{tar}: {tar.stat().st_size} bytes, but {FILE_NAME} says {tar.stat().st_size - 512}")
+    text = refused(lambda: open_index(str(copy / FILE_NAME)))
+    assert text.startswith(f"{tar}: {tar.stat().st_size} bytes, but {copy / FILE_NAME} says {tar.stat().st_size - 512}")
     tar.unlink()
-    assert refused(lambda: ShardIndex.load(copy / FILE_NAME)).startswith(f"{tar}: missing")
+    assert refused(lambda: open_index(str(copy / FILE_NAME))).startswith(f"{tar}: missing")
 
 
 def test_a_flipped_byte_of_an_image_is_reported_with_tar_and_sample(copy: Path) -> None:
@@ -289,7 +289,13 @@ def test_an_unreadable_image_is_named_by_the_problem_of_its_batch(tmp_path: Path
     rows = [(place, len(data), label, zlib.crc32(data), 8, 8) for label, (place, data) in enumerate(places)]
     size = path.stat().st_size
     index = ShardIndex(
-        tmp_path, (path.name,), np.array([size]), np.array([0, 2]), np.array(rows, SAMPLE), ("zero", "one")
+        root=str(tmp_path),
+        shards=(path.name,),
+        stamps=("",),
+        sizes=np.array([size]),
+        first=np.array([0, 2]),
+        samples=np.array(rows, SAMPLE),
+        class_names=("zero", "one"),
     )
     samples = EvalSamples(index, CenterCrop(None, None), 3)
     good, bad = samples[EvalAddress(0, 1)], samples[EvalAddress(1, 1)]

@@ -15,8 +15,9 @@ FLOORS = [
     [{"data/"}, {"tricks/"}, {"models"}, {"log/"}],
     [{"inference", "engine", "zero_state", "checkpoint", "evaluate", "step_sums"}],
     [{"config", "run_folder"}],
-    [{"run", "plan_report", "evaluation_run"}],
+    [{"run", "plan_report", "evaluation_run"}, {"arguments"}],
     [{"train"}],
+    [{"cli_shards"}],
     [{"cli"}],
     [{"__main__"}],
 ]

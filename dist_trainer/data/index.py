@@ -1,40 +1,67 @@
-"""The index of a set of tars: after it is built, every sample is one positioned read.
+"""The index of a set of images: after it is built, every sample is one positioned read.
 
-One safetensors file beside the tars. Per sample: offset and length of the image inside its tar, label, crc32,
-width and height (24 bytes; 31 MB for ImageNet). Per shard: the number of its first sample and its size.
+One safetensors file, mapped into memory. Per sample 24 bytes (31 MB for ImageNet): offset and length of the image
+inside its shard, label, crc32, width and height. Per shard: the number of its first sample, its size, its time of
+change or ETag. A shard is a tar; of an image folder it is a class folder, and then each sample has a file name.
 """
 
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dist_trainer.errors import UserError
 
-VERSION = 1
+VERSION = 2
 FILE_NAME = "index.dtx"
 SAMPLE = np.dtype(
     [("offset", "<u8"), ("length", "<u4"), ("label", "<i4"), ("crc32", "<u4"), ("width", "<u2"), ("height", "<u2")]
 )
+BAD = -1
+"""The label of a sample that is known to be bad: it keeps its place, and counts nothing in training."""
 
 
 @dataclass(frozen=True)
+class Problem:
+    """Something wrong in a shard: at which byte, and what. `sample` is its number in the index, where it has one."""
+
+    shard: str
+    offset: int
+    reason: str
+    sample: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.shard}: at byte {self.offset}: {self.reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardIndex:
     """`samples` is a structured array of SAMPLE in shard order; shard i holds samples first[i]:first[i + 1]."""
 
-    root: Path
+    root: str
+    """Local folder or URL that the shards' names are relative to."""
     shards: tuple[str, ...]
+    stamps: tuple[str, ...]
+    """Time of change or ETag of each shard when it was indexed; "" where the storage has none."""
     sizes: npt.NDArray[np.uint64]
     first: npt.NDArray[np.uint64]
     samples: npt.NDArray[np.void]
     class_names: tuple[str, ...]
+    problems: tuple[Problem, ...] = ()
+    """Bad samples that were accepted when the index was built; each has a place with the label BAD."""
+    names: npt.NDArray[np.uint8] | None = None
+    """UTF-8 file names of an image folder's samples, end to end; None for tars."""
+    name_ends: npt.NDArray[np.uint64] | None = None
+    path: ClassVar[str] = ""
+    """The local file that this was read from; "" for an index that was not loaded."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -49,12 +76,12 @@ class ShardIndex:
         counts: npt.NDArray[np.int64] = self.first[1:].astype(np.int64) - self.first[:-1].astype(np.int64)
         return counts
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of what the samples are, independent of where they lie."""
         digest = hashlib.sha256(str(VERSION).encode())
         for array in (self.samples, self.first, self.sizes):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
         digest.update(json.dumps(self.class_names).encode())
         return digest.hexdigest()
 
@@ -62,20 +89,43 @@ class ShardIndex:
         """The shard number of each sample id (int64)."""
         return np.searchsorted(self.first.astype(np.int64), ids, side="right").astype(np.int64) - 1
 
+    def shard_path(self, shard: int) -> str:
+        """Local path or URL of a shard."""
+        name = self.shards[shard]
+        return name if "://" in name or name.startswith("/") else f"{self.root}/{name}"
+
+    def file_of(self, sample: int, shard: int) -> str:
+        """Local path or URL of the file that holds `sample`: its tar, or its image in an image folder."""
+        path = self.shard_path(shard)
+        if self.names is None or self.name_ends is None:
+            return path
+        start = int(self.name_ends[sample - 1]) if sample else 0
+        return f"{path}/{self.names[start : int(self.name_ends[sample])].tobytes().decode()}"
+
     def describe(self, sample: int) -> str:
         """`shard.tar, sample 7 at byte 512`: for messages about one sample."""
         shard = int(self.shard_of(np.array([sample]))[0])
+        if self.names is not None:
+            return self.file_of(sample, shard)
         place = int(self.samples["offset"][sample])
-        return f"{self.root / self.shards[shard]}, sample {sample - int(self.first[shard])} at byte {place}"
+        return f"{self.shard_path(shard)}, sample {sample - int(self.first[shard])} at byte {place}"
 
     def save(self, path: Path) -> None:
         """Write atomically: an index that exists is whole."""
-        arrays = {name: np.ascontiguousarray(self.samples[name]) for name in SAMPLE.names or ()}
-        arrays |= {"shard_first": self.first, "shard_size": self.sizes}
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "samples": np.ascontiguousarray(self.samples).view(np.uint8).reshape(-1, SAMPLE.itemsize),
+            "shard_first": self.first,
+            "shard_size": self.sizes,
+        }
+        if self.names is not None and self.name_ends is not None:
+            arrays |= {"names": self.names, "name_ends": self.name_ends}
         metadata = {
             "format": f"dist_trainer index {VERSION}",
+            "root": "." if Path(self.root) == path.absolute().parent else self.root,
             "shards": json.dumps(self.shards),
+            "stamps": json.dumps(self.stamps),
             "class_names": json.dumps(self.class_names),
+            "problems": json.dumps([[p.shard, p.offset, p.reason, p.sample] for p in self.problems]),
             "fingerprint": self.fingerprint,
         }
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -83,40 +133,73 @@ class ShardIndex:
         temporary.replace(path)
 
     @classmethod
-    def load(cls, path: Path) -> "ShardIndex":
-        """Read an index and hold it against the tars. Raises UserError for one that is damaged or out of date."""
+    def load(cls, path: Path, *, verify: bool = True) -> "ShardIndex":
+        """Map an index into memory. Raises UserError for one that is damaged; `verify` reads all of it for that.
+
+        Shards are not looked at; sources.py does.
+        """
         try:
-            with safe_open(path, framework="np") as file:
-                metadata: dict[str, str] = file.metadata() or {}
-                arrays: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata, arrays = _map(path)
             if metadata.get("format") != f"dist_trainer index {VERSION}":
-                raise UserError(f"{path}: not an index of version {VERSION}; delete it and run the command again")
-            samples = np.empty(len(arrays["offset"]), SAMPLE)
-            for name in SAMPLE.names or ():
-                samples[name] = arrays[name]
+                raise UserError(f"{path}: not an index of version {VERSION}; {_ANEW}")
             index = cls(
-                root=path.parent,
+                # "." moves with the index: tars and their index may be copied together.
+                root=str(path.absolute().parent) if metadata["root"] == "." else metadata["root"],
                 shards=tuple(json.loads(metadata["shards"])),
+                stamps=tuple(json.loads(metadata["stamps"])),
                 sizes=arrays["shard_size"],
                 first=arrays["shard_first"],
-                samples=samples,
+                samples=arrays["samples"].view(SAMPLE).reshape(-1),
                 class_names=tuple(json.loads(metadata["class_names"])),
+                problems=tuple(Problem(*each) for each in json.loads(metadata["problems"])),
+                names=arrays.get("names"),
+                name_ends=arrays.get("name_ends"),
             )
-            if index.fingerprint != metadata["fingerprint"]:
-                raise UserError(f"{path}: damaged index (its fingerprint differs); delete it and run the command again")
+            index.__dict__["path"] = str(path)
+            if verify and index.fingerprint != metadata["fingerprint"]:
+                raise UserError(f"{path}: damaged index (its fingerprint differs); {_ANEW}")
+            index.__dict__["fingerprint"] = metadata["fingerprint"]
         except UserError:
             raise
-        except Exception as error:  # safetensors raises its own exception type, JSON and NumPy theirs
-            raise UserError(f"{path}: damaged index ({error}); delete it and run the command again") from None
-        for shard, size in zip(index.shards, index.sizes, strict=True):
-            tar = index.root / shard
-            if not tar.exists():
-                raise UserError(
-                    f"{tar}: missing, though {path.name} lists it; restore it, or delete {path} to index anew"
-                )
-            if tar.stat().st_size != int(size):
-                raise UserError(
-                    f"{tar}: {tar.stat().st_size} bytes, but {path.name} says {int(size)}; "
-                    f"restore it, or delete {path} to index anew"
-                )
+        except Exception as error:  # JSON, NumPy and the file system raise their own
+            raise UserError(f"{path}: damaged index ({error}); {_ANEW}") from None
         return index
+
+    def __reduce__(self) -> Any:
+        """Loader workers map the file themselves: 100 M samples are 2.4 GB that need not be copied."""
+        if self.path:
+            return _load_again, (self.path,)
+        return partial(ShardIndex, **{each.name: getattr(self, each.name) for each in fields(self)}), ()
+
+
+_ANEW = "delete it and run the command again"
+
+
+def _load_again(path: str) -> ShardIndex:
+    return ShardIndex.load(Path(path), verify=False)
+
+
+def _map(path: Path) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:
+    """(metadata, arrays mapped from the file) of a safetensors file; safetensors' own NumPy reader would copy them."""
+    dtypes = {"U8": np.uint8, "U64": np.uint64}
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError("its header is cut short")
+        header = json.loads(file.read(length))
+    metadata: dict[str, str] = header.pop("__metadata__", {})
+    whole = np.memmap(path, np.uint8, "r")
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for name, entry in header.items():
+        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        if end > len(whole):
+            raise ValueError("it is cut short")
+        arrays[name] = np.asarray(whole[start:end]).view(dtypes[entry["dtype"]]).reshape(entry["shape"])
+    return metadata, arrays
+
+
+def join_names(names: Sequence[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64]]:
+    """(names, name_ends) of an image folder's files, as ShardIndex holds them."""
+    encoded = [name.encode() for name in names]
+    ends = np.cumsum([len(name) for name in encoded], dtype=np.uint64)
+    return np.frombuffer(b"".join(encoded), np.uint8), ends

@@ -132,7 +132,7 @@ def pack(source: Source, out: Path, *, samples_per_shard: int, seed: int, num_pr
         for shard, scan in zip(shards, pool.map(_write_shard, shards), strict=True):
             scans.append(scan)
             yield len(shard.items)
-    join(partial, [shard.path.name for shard in shards], scans, source.class_names).save(partial / FILE_NAME)
+    join([shard.path.name for shard in shards], scans, source.class_names).save(partial / FILE_NAME)
     partial.replace(out)
 
 

@@ -19,29 +19,29 @@ class TarReader:
     def __init__(self, index: ShardIndex) -> None:
         self._index = index
         self._open: OrderedDict[int, int] = OrderedDict()
-        # Plain lists: indexing a structured array costs more than the read itself.
-        self._offset = index.samples["offset"].tolist()
-        self._length = index.samples["length"].tolist()
-        self._crc32 = index.samples["crc32"].tolist()
 
     def _descriptor(self, shard: int) -> int:
         descriptor = self._open.get(shard)
         if descriptor is None:
             if len(self._open) >= _MAX_OPEN:
                 os.close(self._open.popitem(last=False)[1])
-            descriptor = self._open[shard] = os.open(self._index.root / self._index.shards[shard], os.O_RDONLY)
+            descriptor = self._open[shard] = os.open(self._index.shard_path(shard), os.O_RDONLY)
         else:
             self._open.move_to_end(shard)
         return descriptor
 
     def read(self, ids: np.ndarray) -> Iterable[bytes]:
         """The encoded image of each id. Raises UserError, naming shard and byte, for bytes that were not indexed."""
-        for sample, shard in zip(ids.tolist(), self._index.shard_of(ids).tolist(), strict=True):
+        rows = self._index.samples[ids]
+        columns = (rows[name].tolist() for name in ("length", "offset", "crc32"))
+        for sample, shard, length, offset, crc32 in zip(
+            ids.tolist(), self._index.shard_of(ids).tolist(), *columns, strict=True
+        ):
             try:
-                data = os.pread(self._descriptor(shard), self._length[sample], self._offset[sample])
+                data = os.pread(self._descriptor(shard), length, offset)
             except OSError as error:
                 raise UserError(f"{self._index.describe(sample)}: {error.strerror or error}") from None
-            if zlib.crc32(data) != self._crc32[sample]:
+            if zlib.crc32(data) != crc32:
                 raise UserError(
                     f"{self._index.describe(sample)}: the bytes are not those that were indexed; "
                     "restore the tar, or delete its index to index anew"

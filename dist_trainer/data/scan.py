@@ -32,6 +32,7 @@ class ShardScan:
 
     samples: npt.NDArray[np.void]
     size: int
+    stamp: str = ""
 
 
 def _image_size(data: bytes) -> tuple[int, int]:
@@ -129,7 +130,7 @@ def scan_tar(path: Path) -> ShardScan:
     except tarfile.TarError as error:
         raise UserError(f"{path}: not a readable tar ({error})") from None
     _check_end(scanner, path, end)
-    return ShardScan(np.array(scanner.rows, SAMPLE), size)
+    return ShardScan(np.array(scanner.rows, SAMPLE), size, str(path.stat().st_mtime_ns))
 
 
 def _check_end(scanner: _Scanner, path: Path, end: int) -> None:
@@ -145,15 +146,16 @@ def _check_end(scanner: _Scanner, path: Path, end: int) -> None:
         raise scanner.bad(end, "the end marker is missing: the tar was cut short")
 
 
-def join(root: Path, names: Sequence[str], scans: Sequence[ShardScan], class_names: Sequence[str] = ()) -> ShardIndex:
+def join(names: Sequence[str], scans: Sequence[ShardScan], class_names: Sequence[str] = ()) -> ShardIndex:
     """One index of several scanned tars. Without `class_names`, classes are called by their numbers."""
     samples = np.concatenate([scan.samples for scan in scans])
     if not len(samples):
-        raise UserError(f"{root}: the tars hold no samples")
+        raise UserError(f"{names[0]}: the tars hold no samples")
     num_classes = max(int(samples["label"].max()) + 1, len(class_names))
     return ShardIndex(
-        root=root,
+        root=".",
         shards=tuple(names),
+        stamps=tuple(scan.stamp for scan in scans),
         sizes=np.array([scan.size for scan in scans], np.uint64),
         first=np.cumsum([0, *(len(scan.samples) for scan in scans)]).astype(np.uint64),
         samples=samples,
@@ -169,4 +171,4 @@ def scan_tars(root: Path, tars: Sequence[Path], num_processes: int) -> ShardInde
     else:
         with ProcessPoolExecutor(min(num_processes, len(tars)), mp_context=get_context("spawn")) as pool:
             scans = list(pool.map(scan_tar, tars))
-    return join(root, names, scans)
+    return join(names, scans)

@@ -58,4 +58,14 @@ def prepare_index(key: str, location: str) -> tuple[str, str]:
 
 
 def open_index(path: str) -> ShardIndex:
-    return ShardIndex.load(Path(path))
+    """Read an index and hold it against its shards. Raises UserError for one that is damaged or out of date."""
+    index = ShardIndex.load(Path(path))
+    for number, size in enumerate(index.sizes.tolist()):
+        tar = Path(index.shard_path(number))
+        if not tar.exists():
+            raise UserError(f"{tar}: missing, though {path} lists it; restore it, or delete {path} to index anew")
+        if tar.stat().st_size != size:
+            raise UserError(
+                f"{tar}: {tar.stat().st_size} bytes, but {path} says {size}; restore it, or delete {path} to index anew"
+            )
+    return index

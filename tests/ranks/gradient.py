@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dist_trainer import cli, comm
+from dist_trainer import arguments, comm
 from dist_trainer.data.stream import SlotAddress
 from dist_trainer.log.console import Terminal
 from dist_trainer.run import Run, finish_run, start_run
@@ -24,7 +24,7 @@ def main() -> None:
     result = {}
     for backend in ("torch", "deepspeed"):
         name = [f"--engine.backend={backend}", f"--run.dir={out.parent}", f"--run.name=gradient-{backend}"]
-        config, _ = cli._config(cli._parser("train", ""), [*argv, *name])
+        config, _ = arguments.parse_config(arguments.new_parser("train", ""), [*argv, *name])
         run = start_run(config, "gradient", world, Terminal(active=False), comm.StopRequest())
         assert isinstance(run, Run)
         model = run.engine.module.eval()  # batch-norm frozen, no dropout: the loss is a plain mean over samples

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dist_trainer import cli, comm
+from dist_trainer import arguments, comm
 from dist_trainer.evaluation_run import evaluate_weights
 from dist_trainer.log.console import Terminal
 from dist_trainer.run import Run, finish_run, start_run
@@ -48,8 +48,8 @@ def main() -> None:
     jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     world = comm.init()
     for job in jobs:
-        parser = cli._parser("train", "")
-        config, _ = cli._config(parser, [*job["argv"], f"--run.dir={folder}", f"--run.name={job['name']}"])
+        parser = arguments.new_parser("train", "")
+        config, _ = arguments.parse_config(parser, [*job["argv"], f"--run.dir={folder}", f"--run.name={job['name']}"])
         stop = comm.StopRequest()
         if "eval" in job:
             result = evaluate_weights(config, Path(job["eval"]), world, Terminal(active=False))
