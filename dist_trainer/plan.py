@@ -8,11 +8,11 @@ batch-norm update, there only so that collectives inside a forward match.
 import math
 import re
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from dist_trainer.errors import UserError
 
+Tail = Literal["mask", "carry", "drop"]
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ep|step|sample|%)s?\s*")
 
 
@@ -79,9 +79,23 @@ def largest_world(batch: BatchConfig, num_devices: int) -> int:
     return max(1, min(num_slots(batch), num_devices))
 
 
+@dataclass(frozen=True)
+class Span:
+    """Positions [start, stop) of an epoch's order; they fill a batch without counting where `counts` is false."""
+
+    epoch: int
+    start: int
+    stop: int
+    counts: bool = True
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything derived from batch, world, training set and duration. Build it with `make_plan`."""
+    """Everything derived from batch, world, training set and duration. Build it with `make_plan`.
+
+    With repeated augmentation, a step holds G / repeats different samples, `repeats` copies of each in different
+    slots, and an epoch N / repeats of the N samples.
+    """
 
     global_batch: int
     micro_batch: int
@@ -89,6 +103,8 @@ class Plan:
     world: int
     num_samples: int
     total_steps: int
+    tail: Tail = "mask"
+    repeats: int = 1
 
     @property
     def forwards(self) -> int:
@@ -105,25 +121,76 @@ class Plan:
         """Samples that stay together in the order: the largest divisor of micro_batch up to 8."""
         return max(d for d in divisors(self.micro_batch) if d <= 8)
 
-    @cached_property
-    def steps_per_epoch(self) -> int:
-        """Steps that see every training sample once; the last one may be partly masked."""
-        return -(-self.num_samples // self.global_batch)
+    @property
+    def samples_per_step(self) -> int:
+        """Different samples in one step."""
+        return self.global_batch // self.repeats
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Different samples in one epoch."""
+        return self.num_samples // self.repeats
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps of one epoch: whole with the tails mask and drop, N / G with carry."""
+        if self.tail == "carry":
+            return self.samples_per_epoch / self.samples_per_step
+        return self._whole_steps
+
+    @property
+    def _whole_steps(self) -> int:
+        samples, batch = self.samples_per_epoch, self.samples_per_step
+        return samples // batch if self.tail == "drop" else -(-samples // batch)
 
     def slots_of(self, rank: int) -> range:
         """The consecutive slots that `rank` owns."""
         return range(rank * self.num_slots // self.world, (rank + 1) * self.num_slots // self.world)
 
     def num_valid(self, step: int) -> int:
-        """Samples that count in `step`: G, or what is left of the epoch."""
-        start = step % self.steps_per_epoch * self.global_batch
-        return min(self.global_batch, self.num_samples - start)
+        """Samples that count in `step`: G, or what is left of the epoch with the tail mask."""
+        if self.tail != "mask":
+            return self.global_batch
+        start = step % self._whole_steps * self.samples_per_step
+        return min(self.samples_per_step, self.samples_per_epoch - start) * self.repeats
+
+    def copy_of(self, slot: int) -> int:
+        """Which copy of its samples a slot holds, from 0; 0 without repeated augmentation."""
+        return slot // (self.num_slots // self.repeats)
+
+    def spans(self, step: int, slot: int) -> list[Span]:
+        """Where the m samples of a slot stand in the epochs' orders: one span, or two at the end of an epoch.
+
+        There, `mask` fills the slot with the epoch's first samples, which do not count, and `carry` goes on with the
+        next epoch. A pure function of (step, slot): everything that resumes or runs on another world rests on it.
+        """
+        first = slot % (self.num_slots // self.repeats) * self.micro_batch
+        if self.tail == "carry":
+            epoch, start = divmod(step * self.samples_per_step + first, self.samples_per_epoch)
+        else:
+            epoch, start = step // self._whole_steps, step % self._whole_steps * self.samples_per_step + first
+        end = self.samples_per_epoch
+        over = max(start + self.micro_batch - end, 0)
+        spans = [Span(epoch, start, start + self.micro_batch - over)] if over < self.micro_batch else []
+        if over:
+            skipped = max(start - end, 0)  # a slot that lies wholly past the end
+            carried = self.tail == "carry"
+            spans.append(Span(epoch + carried, skipped, over, counts=carried))
+        return spans
+
+    def position(self, num_steps: int) -> int:
+        """Samples consumed by `num_steps` steps, copies counted once: what a checkpoint says of the data."""
+        if self.tail == "carry":
+            return num_steps * self.samples_per_step
+        epochs, steps = divmod(num_steps, self._whole_steps)
+        per_epoch = min(self._whole_steps * self.samples_per_step, self.samples_per_epoch)
+        return epochs * per_epoch + steps * self.samples_per_step
 
     def steps(self, duration: Duration) -> float:
         """`duration` in steps of this run, not rounded."""
         per_unit = {
             "step": 1.0,
-            "ep": float(self.steps_per_epoch),
+            "ep": self.steps_per_epoch,
             "sample": 1.0 / self.global_batch,
             "%": self.total_steps / 100.0,
         }
@@ -144,7 +211,9 @@ class Plan:
         return num_steps / self.steps_per_epoch
 
 
-def make_plan(batch: BatchConfig, duration: Duration, *, world: int, num_samples: int) -> Plan:
+def make_plan(
+    batch: BatchConfig, duration: Duration, *, world: int, num_samples: int, tail: Tail = "mask", repeats: int = 1
+) -> Plan:
     """The plan of a run. Raises UserError, with a line to paste, for a world or a batch that cannot be."""
     if world < 1:
         raise UserError(f"a world of {world} ranks cannot train; start at least 1")
@@ -161,6 +230,12 @@ def make_plan(batch: BatchConfig, duration: Duration, *, world: int, num_samples
             f"{slots} micro-batches: {world - slots} ranks would idle. "
             f"Paste: torchrun --nproc-per-node {slots}{change}"
         )
+    if repeats < 1 or slots % repeats:
+        legal = ", ".join(str(d) for d in divisors(slots))
+        raise UserError(
+            f"augment.repeats: {repeats} does not divide the {slots} micro-batches of a step, and copies of a sample "
+            f"stand in different ones; legal here: {legal}"
+        )
     if num_samples < batch.global_batch:
         _refuse_small_set(batch, world, num_samples)
     plan = Plan(
@@ -170,6 +245,8 @@ def make_plan(batch: BatchConfig, duration: Duration, *, world: int, num_samples
         world=world,
         num_samples=num_samples,
         total_steps=0,
+        tail=tail,
+        repeats=repeats,
     )
     if duration.unit == "%":
         raise UserError(f"duration: {duration.amount:g}% has nothing to be a part of; write epochs, steps or samples")

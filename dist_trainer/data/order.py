@@ -4,6 +4,9 @@ Blocks of 64 neighbouring samples are permuted and laid end to end; the result i
 length; each lane is permuted within windows of 512 samples. Consecutive chunks of a batch come from consecutive
 lanes, so a batch mixes many blocks while each reader touches few. Integer hashing only: an order never changes
 between platforms or releases (a golden test pins it).
+
+`full` permutes all samples, `none` leaves them. `balanced` shows the classes equally often: rounds of one sample per
+class, each class going through its own samples in permuted cycles that run on from epoch to epoch.
 """
 
 from collections.abc import Sequence
@@ -13,9 +16,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from dist_trainer.keyed import BLOCKS, FULL, WINDOW, permutation
+from dist_trainer.errors import UserError
+from dist_trainer.keyed import BLOCKS, CLASS, CLASSES, FULL, WINDOW, hashes, key, permutation, permute
 
 Ids = npt.NDArray[np.int64]
+Kind = Literal["window", "full", "balanced", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +30,33 @@ class OrderSpec:
     seed: int
     lanes: int
     chunk: int
-    kind: Literal["window", "full", "none"] = "window"
+    kind: Kind = "window"
     block: int = 64
     window: int = 512
+
+
+class ClassOrder:
+    """Rounds of one sample per class, `num_samples // num_classes` rounds an epoch. Raises UserError without labels."""
+
+    def __init__(self, labels: npt.NDArray[np.int32], seed: int) -> None:
+        """`labels` int32 [N]; samples with a negative one are left out."""
+        self._seed = seed
+        known = np.flatnonzero(labels >= 0)
+        self._ids = known[np.argsort(labels[known], kind="stable")]
+        self._counts = np.bincount(labels[known])
+        self._counts = self._counts[self._counts > 0].astype(np.int64)
+        if not len(self._counts):
+            raise UserError("data.order: balanced, but no sample has a label")
+        self._begin = np.cumsum(self._counts) - self._counts
+        self.size = max(1, len(known) // len(self._counts)) * len(self._counts)
+
+    def ids(self, epoch: int, start: int, stop: int) -> Ids:
+        """Sample ids (int64) at positions [start, stop) of an epoch."""
+        round_, place = np.divmod(epoch * self.size + np.arange(start, stop), len(self._counts))
+        which = permute(place, len(self._counts), hashes(round_, CLASSES, self._seed))
+        cycle, place = np.divmod(round_, self._counts[which])
+        place = permute(place, self._counts[which], hashes(hashes(cycle, CLASS, self._seed) ^ which.astype(np.uint64)))
+        return self._ids[self._begin[which] + place]
 
 
 class EpochOrder:
@@ -36,12 +65,7 @@ class EpochOrder:
     def __init__(self, counts: Sequence[int] | Ids, spec: OrderSpec, epoch: int) -> None:
         self._spec, self._epoch = spec, epoch
         self.size = int(np.sum(counts))
-        self._whole: Ids | None = None
-        if spec.kind == "none":
-            self._whole = np.arange(self.size, dtype=np.int64)
-        elif spec.kind == "full":
-            self._whole = permutation(self.size, FULL, spec.seed, epoch)
-        else:
+        if spec.kind == "window":
             self._lay_out(np.asarray(counts, np.int64))
 
     def _lay_out(self, counts: Ids) -> None:
@@ -74,7 +98,7 @@ class EpochOrder:
         return ids[skip : skip + stop - start]
 
     def _window(self, lane: int, number: int) -> tuple[int, Ids]:
-        """(place in the lane where the window begins, its permuted ids). One window per lane is kept."""
+        """(place in the lane where the window begins, its permuted ids). Two windows per lane are kept."""
         live = self._live.get(lane)
         if live is None or live[0] != number:
             base, end = int(self._lane_start[lane]), int(self._lane_start[lane + 1])
@@ -87,10 +111,12 @@ class EpochOrder:
 
     def ids(self, start: int, stop: int) -> Ids:
         """Sample ids (int64) at positions [start, stop) of the epoch."""
-        if self._whole is not None:
-            return self._whole[start:stop]
         spec = self._spec
         position = np.arange(start, stop)
+        if spec.kind == "none":
+            return position
+        if spec.kind == "full":
+            return permute(position, self.size, np.uint64(key(FULL, spec.seed, self._epoch)))
         unit = position // spec.chunk
         lane = unit % spec.lanes
         place = (unit // spec.lanes) * spec.chunk + position % spec.chunk
