@@ -85,7 +85,7 @@ class EpochOrder:
         self._lane_start = np.concatenate([[0], np.cumsum(lengths)])
         # Windows of different lanes begin at different steps, so that lanes do not all refill at once.
         self._shift = lane * spec.window // spec.lanes
-        self._live: dict[int, tuple[int, int, Ids]] = {}
+        self._live: dict[tuple[int, int], tuple[int, Ids]] = {}
 
     def _blocks(self, start: int, stop: int) -> Ids:
         """Positions [start, stop) of the permuted blocks laid end to end."""
@@ -99,15 +99,18 @@ class EpochOrder:
 
     def _window(self, lane: int, number: int) -> tuple[int, Ids]:
         """(place in the lane where the window begins, its permuted ids). Two windows per lane are kept."""
-        live = self._live.get(lane)
-        if live is None or live[0] != number:
+        live = self._live.get((lane, number))
+        if live is None:
             base, end = int(self._lane_start[lane]), int(self._lane_start[lane + 1])
             begin = max(0, number * self._spec.window - int(self._shift[lane]))
             stop = min((number + 1) * self._spec.window - int(self._shift[lane]), end - base)
             ids = self._blocks(base + begin, base + stop)
-            live = (number, begin, ids[permutation(len(ids), WINDOW, self._spec.seed, self._epoch, lane, number)])
-            self._live[lane] = live
-        return live[1], live[2]
+            live = (begin, ids[permutation(len(ids), WINDOW, self._spec.seed, self._epoch, lane, number)])
+            # This one and the next, which is looked ahead to.
+            for other in [each for each in self._live if each[0] == lane and not 0 <= number - each[1] <= 1]:
+                del self._live[other]
+            self._live[lane, number] = live
+        return live
 
     def ids(self, start: int, stop: int) -> Ids:
         """Sample ids (int64) at positions [start, stop) of the epoch."""
