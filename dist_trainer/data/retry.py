@@ -8,6 +8,7 @@ import errno
 import itertools
 import random
 import re
+import sys
 import threading
 import time
 from collections import deque
@@ -22,13 +23,15 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 20.0  # seconds
+_SAY_AFTER = 10.0  # seconds; then a process says, once, what it is waiting for
+_SAID = threading.Semaphore(1)
 _DICE = random.SystemRandom()  # ranks that failed together must not come back together; and no random state is touched
 _PASSING_LOCAL = {
     getattr(errno, name)
     for name in ("ESTALE", "EIO", "EINTR", "ETIMEDOUT", "EAGAIN", "EREMOTEIO", "ESHUTDOWN", "ENOTCONN", "EHOSTDOWN")
     if hasattr(errno, name)
 }
-_PASSING_STATUS = {408, 409, 423, 425, 429}
+_PASSING_STATUS = {400, 408, 409, 423, 425, 429}  # S3 says 400 for a slow request, aiohttp for a broken answer
 _NO_LOGIN = re.compile("Credential|Profile|Token")  # names of botocore's and Google's errors
 _MISTAKES = (UserError, ImportError, TypeError, AttributeError, NotImplementedError)
 
@@ -121,6 +124,8 @@ def retrying(
                     f"{location}: {said(error)}; gave up after {failed + 1} attempts in {spent:.0f} s: "
                     "look after the storage or the network, then start again"
                 ) from None
+            if spent > _SAY_AFTER and _SAID.acquire(blocking=False):
+                print(f"{location}: {said(error)}; trying on for {config.deadline:.0f} s", file=sys.stderr, flush=True)
             on_retry()
             time.sleep(pause)
     raise AssertionError
@@ -147,9 +152,8 @@ def lasting_remote(location: str) -> Callable[[Exception], Exception | None]:
         if status in (401, 403) or isinstance(error, PermissionError) or _NO_LOGIN.search(type(error).__name__):
             return PermissionError(errno.EACCES, f"access denied ({said(error)})", location)
         if status is not None and 400 <= status < 500 and status not in _PASSING_STATUS:
-            # S3 says 400 for a request that took too long.
-            return None if isinstance(error, TimeoutError) else OSError(errno.EINVAL, said(error), location)
-        if isinstance(error, ValueError):  # a malformed URL or option
+            return OSError(errno.EINVAL, said(error), location)
+        if isinstance(error, ValueError) or type(error).__name__ == "ParamValidationError":  # a malformed URL or option
             return UserError(f"{location}: {said(error)}")
         missing = isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
         if missing and status is None and not _lost_connection(error.__cause__):

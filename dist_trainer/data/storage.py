@@ -34,7 +34,7 @@ _SECRET = re.compile(
     r"key|secret|token|password|passwd|pwd|passphrase|credentials?|authorization|cookies?|signature|sig|sas"
     r"|connectionstring|bearer|auth"
 )
-_HARMLESS = {"anon", "google_default", "cloud"}  # values of gcsfs's token that name a way and hold nothing
+_HARMLESS = ("anon", "google_default", "cloud")  # values of gcsfs's token that name a way and hold nothing
 _WHERE = "the environment or the storage's own files (such as AWS_PROFILE and ~/.aws, gcloud's, hf auth login)"
 
 
@@ -48,19 +48,20 @@ class Stat:
 
 def is_remote(location: str) -> bool:
     """Whether `location` is a URL of some storage rather than a local path."""
-    return "://" in location
+    return "://" in location or location.startswith("pipe:")  # which is then refused
 
 
 def refuse_secrets(key: str, options: Mapping[str, Any]) -> None:
-    """Raises UserError, naming the option under the config key `key`, for one that looks like a secret.
+    """Raises UserError, naming the option under the config key `key`, for one that looks like a secret, at any depth.
 
     Configs are saved with the run, logged and shared. The value is never shown.
     """
     for name, value in options.items():
-        if isinstance(value, Mapping):
-            refuse_secrets(f"{key}.{name}", value)
-        elif _is_secret(name) and not (value is None or isinstance(value, bool) or value in _HARMLESS):
+        if _is_secret(name) and not (value is None or isinstance(value, bool) or value in _HARMLESS):
             raise UserError(f"{key}.{name}: a secret has no place in a config, which is saved; it belongs in {_WHERE}")
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, Mapping):
+                refuse_secrets(f"{key}.{name}", inner)
 
 
 def _is_secret(name: str) -> bool:
