@@ -1,8 +1,7 @@
 """moto's S3 server on loopback, which counts what it is asked."""
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +38,3 @@ class S3Server:
 
     def stop(self) -> None:
         self._server.shutdown()
-
-
-@contextlib.contextmanager
-def s3_server() -> Iterator[S3Server]:
-    server = S3Server()
-    try:
-        yield server
-    finally:
-        server.stop()

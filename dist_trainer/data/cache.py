@@ -207,8 +207,12 @@ class BlockCache:
                     self._sweep(used, room=more)
                 if used.bytes + more > self.size:
                     return
-                used.set(used.bytes + more)
-                os.ftruncate(part, len(data))
+                used.set(used.bytes + more)  # before the file grows: a process killed here leaves too high a count
+                try:
+                    os.ftruncate(part, len(data))
+                except OSError:
+                    used.set(used.bytes - more)
+                    raise
             written = 0
             while written < len(data):
                 written += os.pwrite(part, memoryview(data)[written:], written)
