@@ -1,5 +1,18 @@
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 import pytest
+from helpers import index_of, members_of, sample_members, write_tar
+from nodes import COUNTS, Node
 from running import FASHION
+
+from dist_trainer.data import retry
+from dist_trainer.data.index import ShardIndex
+
+if TYPE_CHECKING:
+    from s3_server import S3Server
 
 
 @pytest.fixture(scope="session")
@@ -8,3 +21,70 @@ def fashion() -> list[str]:
     if not (FASHION / "val" / "index.dtx").exists():
         pytest.fail("Fashion-MNIST is not prepared: run make data")
     return [f"--data.train={FASHION / 'train'}", f"--data.val={FASHION / 'val'}"]
+
+
+@pytest.fixture(scope="session")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tars of 100, 70 and 33 samples: 15 blocks of 16."""
+    folder = tmp_path_factory.mktemp("tars")
+    for number, count in enumerate(COUNTS):
+        write_tar(folder / f"{number:06d}.tar", sample_members(count, 8 + number))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def index(tars: Path) -> ShardIndex:
+    return index_of(*sorted(tars.glob("*.tar")))
+
+
+@pytest.fixture(scope="session")
+def truth(tars: Path) -> list[bytes]:
+    """Every image in order, by Python's tarfile."""
+    images = []
+    for tar in sorted(tars.glob("*.tar")):
+        data = tar.read_bytes()
+        members = [info for name, info in members_of(tar).items() if name.endswith(".png")]
+        images += [data[info.offset_data : info.offset_data + info.size] for info in members]
+    return images
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Node:
+    return Node(tmp_path)
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between attempts."""
+    monkeypatch.setattr(retry, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "_LONGEST_PAUSE", 0.05)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with three files; `a.bin` has 5,000 random bytes."""
+    path = tmp_path / "folder"
+    path.mkdir()
+    for name in ("a.bin", "b.bin", "c.tar"):
+        (path / name).write_bytes(np.random.default_rng(ord(name[0])).bytes(5000))
+    return path
+
+
+@pytest.fixture(scope="session")
+def _moto() -> "Iterator[S3Server]":
+    from s3_server import S3Server  # three seconds
+
+    server = S3Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(_moto: "S3Server", monkeypatch: pytest.MonkeyPatch) -> "S3Server":
+    """moto's S3 on loopback, and made-up credentials in the environment."""
+    from s3_server import CREDENTIALS
+
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    _moto.gets.clear()
+    return _moto

@@ -1,26 +1,262 @@
-"""Bytes of samples by number: one positioned read each, held against the index's checksum."""
+"""Encoded images by sample number: one positioned read each, held against the index's checksum.
 
+Three ways, chosen once. Local files are read where they are. What comes over the network is fetched in blocks of
+neighbouring samples and kept on the node (cache.py). Orders without locality, when the set is larger than the cache,
+fetch single samples instead: a block per sample would be 64 times the bytes.
+"""
+
+import contextlib
 import os
+import threading
 import zlib
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from dist_trainer.data.index import ShardIndex
-from dist_trainer.errors import UserError
+from dist_trainer.data.blocks import Blocks
+from dist_trainer.data.cache import BlockCache, CacheConfig
+from dist_trainer.data.index import BAD, ShardIndex
+from dist_trainer.data.retry import RetryConfig, ShortRead, concurrently
+from dist_trainer.data.storage import Storage, is_remote
+from dist_trainer.errors import LocalError, UserError
+
+Ids = npt.NDArray[np.int64]
 
 _MAX_OPEN = 256  # below the usual limit of 1,024 open files, with room for everything else
+_BLOCKS_AT_ONCE = 8  # requests of one batch; a block is a few MB, so memory stays bounded too
+_SAMPLES_AT_ONCE = 32
+_PREFETCHERS = 4
+_KNOWN_BLOCKS = 4096
 
 
-class TarReader:
-    """Reads samples of `index` from local tars. Open it in the process that uses it."""
+@dataclass(frozen=True)
+class Bad:
+    """A sample that cannot be used: its bytes are not those indexed, it does not decode, or it has no label."""
+
+    kind: Literal["crc", "decode", "label"]
+    reason: str
+
+
+class _Block(NamedTuple):
+    """Samples [first, stop): bytes [start, start + length) of their tar; an image folder's files end to end."""
+
+    shard: int
+    first: int
+    stop: int
+    start: int
+    length: int
+    name: str
+
+
+class Reader:
+    """Samples of `index`. Picklable; files and connections open in the process that reads, in one thread.
+
+    `options` go to fsspec. `whole_blocks=False` fetches what is not cached sample by sample.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        *,
+        options: Mapping[str, Any] | None = None,
+        retry: RetryConfig,
+        cache: CacheConfig,
+        block: int = 64,
+        whole_blocks: bool = True,
+    ) -> None:
+        self._index, self._cache_config, self._block_size, self._whole = index, cache, block, whole_blocks
+        self._storage, self._patience = Storage(options, retry), retry.timeout
+        shards = range(len(index.shards))
+        self.is_cached = cache.dir is not None or any(is_remote(index.shard_path(shard)) for shard in shards)
+
+    def __getstate__(self) -> dict[str, Any]:
+        opened = {name for name, value in vars(Reader).items() if isinstance(value, cached_property)}
+        return {name: value for name, value in self.__dict__.items() if name not in opened}
+
+    @property
+    def retries(self) -> int:
+        """Requests that failed and were made again, so far."""
+        return self._storage.retries
+
+    @property
+    def bytes_fetched(self) -> int:
+        """Bytes that came from where the samples lie, so far. Local files that are not cached count nothing."""
+        return self._storage.bytes_read
+
+    @cached_property
+    def _cache(self) -> BlockCache:
+        return BlockCache(self._cache_config.folder, self._cache_config.size_bytes)
+
+    @cached_property
+    def _blocks(self) -> Blocks:
+        return Blocks(self._index.counts, self._block_size)
+
+    @cached_property
+    def _block(self) -> Callable[[int], _Block]:
+        return lru_cache(_KNOWN_BLOCKS)(self._locate)
+
+    @cached_property
+    def _files(self) -> "_Descriptors":
+        return _Descriptors(self._index)
+
+    @cached_property
+    def _prefetcher(self) -> "_Prefetcher":
+        self._block, self._blocks, self._cache  # noqa: B018  # made here, before there are threads to race for them
+        return _Prefetcher(self._fetch_ahead)
+
+    @cached_property
+    def _problems(self) -> dict[int, str]:
+        return {problem.sample: problem.reason for problem in self._index.problems if problem.sample is not None}
+
+    def read(self, ids: Ids) -> list[bytes | Bad]:
+        """The encoded image of each id, in their order; Bad for a sample that is not what was indexed.
+
+        Raises Outage for storage that stays away, LocalError, naming the sample, for a file that is gone or closed.
+        """
+        rows = self._index.samples[ids]
+        labelled = rows["label"] != BAD
+        if not labelled.all():
+            found = iter(self.read(ids[labelled]) if labelled.any() else ())
+            return [
+                next(found) if good else Bad("label", self._problems.get(sample, "known to be bad"))
+                for sample, good in zip(ids.tolist(), labelled.tolist(), strict=True)
+            ]
+        shards = self._index.shard_of(ids).tolist()
+        columns = [rows[name].tolist() for name in ("length", "offset", "crc32")]
+        if self.is_cached:
+            return self._read_cached(ids, shards, *columns)
+        return self._read_local(ids.tolist(), shards, *columns)
+
+    def prefetch(self, blocks: Iterable[int]) -> None:
+        """Fetch `blocks` into the cache in the background, in this order.
+
+        Never raises: what fails is fetched again, and said, when it is needed.
+        """
+        if self.is_cached and self._whole:
+            self._prefetcher.add(blocks)
+
+    def _read_local(
+        self, samples: list[int], shards: list[int], lengths: list[int], offsets: list[int], crcs: list[int]
+    ) -> list[bytes | Bad]:
+        """Local files where they are: one pread each."""
+        folder = self._index.names is not None
+        data: list[bytes | Bad] = []
+        for sample, shard, length, offset, crc32 in zip(samples, shards, lengths, offsets, crcs, strict=True):
+            try:
+                each = self._source(sample) if folder else os.pread(self._files[shard], length, offset)
+            except OSError:
+                self._files.close(shard)  # a stale handle stays stale
+                each = self._source(sample)
+            data.append(each if zlib.crc32(each) == crc32 else self._again(sample))
+        return data
+
+    def _read_cached(
+        self, ids: Ids, shards: list[int], lengths: list[int], offsets: list[int], crcs: list[int]
+    ) -> list[bytes | Bad]:
+        """From cached blocks; what is missing is fetched, all blocks at the same time."""
+        samples = ids.tolist()
+        data = [b""] * len(samples)
+        missing: dict[int, list[int]] = {}
+        for place, number in enumerate(self._blocks.of(ids).tolist()):
+            found = None
+            if number not in missing:
+                block = self._block(number)
+                at = self._place_in(block, samples[place], offsets[place])
+                found = self._cache.read(block.name, block.length, at, lengths[place])
+            if found is None:
+                missing.setdefault(number, []).append(place)
+            else:
+                data[place] = found
+
+        def fetch(number: int) -> None:
+            block = self._block(number)
+            whole = self._fetch(block) if self._whole and self._cache.takes(block.length) else None
+            for place in missing[number]:
+                at = self._place_in(block, samples[place], offsets[place])
+                data[place] = self._source(samples[place]) if whole is None else whole[at : at + lengths[place]]
+
+        concurrently(fetch, list(missing), _BLOCKS_AT_ONCE if self._whole else _SAMPLES_AT_ONCE)
+        return [
+            each if zlib.crc32(each) == crc32 else self._again(sample)
+            for sample, each, crc32 in zip(samples, data, crcs, strict=True)
+        ]
+
+    def _again(self, sample: int) -> bytes | Bad:
+        """One more read for bytes that are not those indexed, past the cache and past open files."""
+        data = self._source(sample)
+        if zlib.crc32(data) != self._index.samples["crc32"][sample]:
+            return Bad("crc", "the bytes are not those that were indexed")
+        if self.is_cached:  # then the cached block is to blame
+            self._cache.drop(self._block(int(self._blocks.of(np.array([sample]))[0])).name)
+        return data
+
+    def _source(self, sample: int) -> bytes:
+        """The bytes of one sample from where it lies; fewer where a local file ends before."""
+        row = self._index.samples[sample]
+        shard = int(self._index.shard_of(np.array([sample]))[0])
+        start = 0 if self._index.names is not None else int(row["offset"])
+        try:
+            return self._storage.read(self._index.file_of(sample, shard), start, int(row["length"]))
+        except ShortRead:
+            return b""
+        except OSError as error:
+            raise LocalError(f"{self._index.describe(sample)}: {error.strerror or error}") from None
+
+    def _locate(self, number: int) -> _Block:
+        first, stop = self._blocks.span(number)
+        shard = self._blocks.shard(number)
+        rows = self._index.samples[first:stop]
+        if self._index.names is not None:
+            start, length = 0, int(rows["length"].sum(dtype=np.int64))
+        else:
+            rows = rows[rows["length"] > 0]  # known bad samples have no bytes
+            start = int(rows["offset"].min(initial=2**63))
+            length = int((rows["offset"] + rows["length"]).max(initial=start)) - start
+        return _Block(shard, first, stop, start, length, f"{self._index.fingerprint[:16]}-{shard}-{number}")
+
+    def _place_in(self, block: _Block, sample: int, offset: int) -> int:
+        """Where in its block a sample begins."""
+        if self._index.names is None:
+            return offset - block.start
+        return int(self._index.samples["length"][block.first : sample].sum(dtype=np.int64))
+
+    def _fetch(self, block: _Block) -> bytes | None:
+        """A whole block, from the cache or else into it; None where a local tar ends before."""
+        location = self._index.shard_path(block.shard)
+
+        def source() -> bytes:
+            if self._index.names is None:
+                return self._storage.read(location, block.start, block.length)
+            lengths = self._index.samples["length"][block.first : block.stop].tolist()
+            files = concurrently(self._source, range(block.first, block.stop), _SAMPLES_AT_ONCE)
+            return b"".join(file.ljust(length) for file, length in zip(files, lengths, strict=True))
+
+        try:
+            return self._cache.fetch(block.name, block.length, source, self._patience)
+        except ShortRead:
+            return None
+        except OSError as error:
+            raise LocalError(f"{location}: {error.strerror or error}") from None
+
+    def _fetch_ahead(self, number: int) -> None:
+        block = self._block(number)
+        if self._cache.takes(block.length) and not self._cache.has(block.name, block.length):
+            self._fetch(block)
+
+
+class _Descriptors:
+    """Open tars by shard number, at most _MAX_OPEN; the one unused for longest is closed first."""
 
     def __init__(self, index: ShardIndex) -> None:
         self._index = index
         self._open: OrderedDict[int, int] = OrderedDict()
 
-    def _descriptor(self, shard: int) -> int:
+    def __getitem__(self, shard: int) -> int:
         descriptor = self._open.get(shard)
         if descriptor is None:
             if len(self._open) >= _MAX_OPEN:
@@ -30,20 +266,53 @@ class TarReader:
             self._open.move_to_end(shard)
         return descriptor
 
-    def read(self, ids: np.ndarray) -> Iterable[bytes]:
-        """The encoded image of each id. Raises UserError, naming shard and byte, for bytes that were not indexed."""
-        rows = self._index.samples[ids]
-        columns = (rows[name].tolist() for name in ("length", "offset", "crc32"))
-        for sample, shard, length, offset, crc32 in zip(
-            ids.tolist(), self._index.shard_of(ids).tolist(), *columns, strict=True
-        ):
-            try:
-                data = os.pread(self._descriptor(shard), length, offset)
-            except OSError as error:
-                raise UserError(f"{self._index.describe(sample)}: {error.strerror or error}") from None
-            if zlib.crc32(data) != crc32:
+    def close(self, shard: int) -> None:
+        if shard in self._open:
+            os.close(self._open.pop(shard))
+
+
+class _Prefetcher:
+    """Block numbers that were asked for, worked off in that order by a few daemon threads."""
+
+    def __init__(self, fetch: Callable[[int], None]) -> None:
+        self._fetch = fetch
+        self._queue: deque[int] = deque()
+        self._pending: set[int] = set()
+        self._changed = threading.Condition()
+        for _ in range(_PREFETCHERS):
+            threading.Thread(target=self._run, daemon=True, name="prefetch").start()
+
+    def add(self, blocks: Iterable[int]) -> None:
+        with self._changed:
+            for block in blocks:
+                if block not in self._pending:
+                    self._pending.add(block)
+                    self._queue.append(block)
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue)
+                block = self._queue.popleft()
+            with contextlib.suppress(Exception):  # said when the block is needed
+                self._fetch(block)
+            with self._changed:
+                self._pending.discard(block)
+
+
+class TarReader:
+    """Reads samples of `index` from local tars, until stream.py reads by Reader."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self._index = index
+        self._reader = Reader(index, retry=RetryConfig(), cache=CacheConfig())
+
+    def read(self, ids: Ids) -> Iterable[bytes]:
+        """Raises UserError, naming shard and byte, for bytes that were not indexed."""
+        for sample, data in zip(ids.tolist(), self._reader.read(ids), strict=True):
+            if isinstance(data, Bad):
                 raise UserError(
-                    f"{self._index.describe(sample)}: the bytes are not those that were indexed; "
-                    "restore the tar, or delete its index to index anew"
+                    f"{self._index.describe(sample)}: {data.reason}; restore the tar, or delete its index to index anew"
                 )
             yield data
