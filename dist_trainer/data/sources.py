@@ -3,12 +3,16 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 from webdataset.shardlists import expand_urls
 
 from dist_trainer.comm import cores
+from dist_trainer.data.cache import local_copy
+from dist_trainer.data.config import DataConfig
 from dist_trainer.data.index import FILE_NAME, ShardIndex
 from dist_trainer.data.scan import scan_tars
+from dist_trainer.data.storage import Storage, is_remote
 from dist_trainer.errors import UserError
 
 
@@ -41,7 +45,7 @@ def _locate(key: str, location: str) -> tuple[Path, list[Path]]:
     return index, [] if index.exists() else tars
 
 
-def prepare_index(key: str, location: str) -> tuple[str, str]:
+def prepare_index(key: str, location: str, *, options: Any = None, fallback: Path | None = None) -> tuple[str, str]:
     """Make the index of `location` if there is none yet. To be called on one rank.
 
     Returns (the index file, a line to print or ""). Raises UserError naming the config key `key`.
@@ -69,3 +73,19 @@ def open_index(path: str) -> ShardIndex:
                 f"{tar}: {tar.stat().st_size} bytes, but {path} says {size}; restore it, or delete {path} to index anew"
             )
     return index
+
+
+def local_index(path: str, config: DataConfig) -> str:
+    """An index file on this node: copied here once where it is at a URL."""
+    if not is_remote(path):
+        return path
+    storage = Storage(config.storage_options, config.retry)
+    return str(local_copy(path, config.cache, storage))
+
+
+def is_class_sorted(index: ShardIndex) -> bool:
+    return False
+
+
+def match_classes(train: ShardIndex, val: ShardIndex) -> ShardIndex:
+    return val
