@@ -69,8 +69,8 @@ def evaluate(engine: Inference, stream: EvalStream) -> EvalResult:
     The module is in evaluation mode meanwhile and in its former mode afterwards. Raises RuntimeError unless exactly all
     samples were counted.
     """
-    # correct1, correct5, counted, loss, bad: float64 holds integers exactly up to 2**53
-    sums = torch.zeros(5, dtype=torch.float64, device=engine.world.device)
+    # correct1, correct5, counted, loss: float64 holds integers exactly up to 2**53
+    sums = torch.zeros(4, dtype=torch.float64, device=engine.world.device)
     bad: list[BadSample] = []
     was_training = engine.module.training
     engine.module.eval()
@@ -83,12 +83,10 @@ def evaluate(engine: Inference, stream: EvalStream) -> EvalResult:
             seen = weight > 0  # masks, no indexing by them: that would wait for the device at every batch
             correct1, correct5 = (hits[:, 0] & seen).sum(), (hits.any(dim=1) & seen).sum()
             bad += batch.bad
-            sums += torch.stack(
-                [correct1, correct5, seen.sum(), torch.where(seen, loss, 0.0).double().sum(), seen.new_zeros(())]
-            )
+            sums += torch.stack([correct1, correct5, seen.sum(), torch.where(seen, loss, 0.0).double().sum()])
     finally:
         engine.module.train(was_training)
-    sums[-1] = len(bad)
+    sums = torch.cat([sums, sums.new_tensor([len(bad)])])
     dist.all_reduce(sums)
     top1, top5, counted, loss_sum, num_bad = sums.tolist()
     if int(counted + num_bad) != stream.num_samples:
