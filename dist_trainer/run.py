@@ -15,6 +15,7 @@ from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.order import Kind
 from dist_trainer.data.sources import is_class_sorted, local_index, match_classes, open_index, prepare_index
 from dist_trainer.data.stream import EvalStream, TrainStream, order_samples
+from dist_trainer.data.unindexed import SAID
 from dist_trainer.engine import Engine, build_engine
 from dist_trainer.errors import UserError
 from dist_trainer.evaluate import center_crop
@@ -129,6 +130,7 @@ def prepare_data(config: TrainConfig) -> dict[str, Any]:
         for name in names
     }
     notes = [note for _, note in found.values() if note]
+    notes += [SAID] if config.data.source == "stream" else []
     return asdict(DataPlace(train=found.get("train", ("", ""))[0], val=found["val"][0], notes=notes))
 
 
@@ -160,7 +162,7 @@ def plan_of(config: TrainConfig, train: ShardIndex, world: int) -> Plan:
         duration,
         world=world,
         num_samples=samples,
-        tail=config.data.tail,
+        tail="carry" if config.data.source == "stream" else config.data.tail,  # a stream has no end to mask
         repeats=config.augment.repeats,
     )
 

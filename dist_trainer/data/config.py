@@ -19,8 +19,8 @@ class DataConfig:
     val: str
     """Validation images, likewise."""
     source: Literal["index", "stream"] = "index"
-    """index: every sample exactly once, in one order on any world. stream: training tars are read from end to end by
-    webdataset, without an index; then nothing of that is promised, and data.num_samples must say how many there are."""
+    """index: every sample exactly once, in one order on any world. stream: training tars (image and .cls) are read from
+    end to end by webdataset; then nothing of that is promised, and data.num_samples must say how many there are."""
     num_samples: int | None = None
     """Training samples, where source is stream."""
     workers: int | Literal["auto"] = "auto"

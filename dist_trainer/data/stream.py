@@ -21,6 +21,7 @@ from dist_trainer.data.config import DataConfig
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.order import ClassOrder, Kind, OrderSpec
 from dist_trainer.data.samples import EvalSamples, TrainSamples
+from dist_trainer.data.unindexed import StreamSpec, TarStream
 from dist_trainer.errors import LocalError, UserError
 from dist_trainer.plan import Plan
 
@@ -52,7 +53,9 @@ def _start_resource_tracker() -> None:
         signal.signal(signal.SIGUSR1, former)
 
 
-def _loader(samples: Dataset[Batch], addresses: Iterable[Any], workers: int, world: World) -> "DataLoader[Batch]":
+def _loader(
+    samples: Dataset[Batch], addresses: Iterable[Any] | None, workers: int, world: World
+) -> "DataLoader[Batch]":
     if workers:
         _start_resource_tracker()
     return DataLoader(
@@ -137,10 +140,16 @@ class TrainStream:
         seed: int,
         world: World,
     ) -> None:
-        self.spec = OrderSpec(seed=seed, lanes=plan.samples_per_step // plan.chunk, chunk=plan.chunk, kind=kind)
         self._plan, self._world = plan, world
-        self._samples = TrainSamples(index, plan, self.spec, Augment(augment, seed), config)
         self._workers = num_workers(config, world)
+        self.spec: OrderSpec | StreamSpec
+        self._samples: TrainSamples | TarStream
+        if config.source == "stream":
+            self.spec = StreamSpec(seed)
+            self._samples = TarStream(config, Augment(augment, seed), plan.micro_batch, seed, world.rank, world.size)
+        else:
+            self.spec = OrderSpec(seed=seed, lanes=plan.samples_per_step // plan.chunk, chunk=plan.chunk, kind=kind)
+            self._samples = TrainSamples(index, plan, self.spec, Augment(augment, seed), config)
 
     def steps(self, start: int) -> Iterator[tuple[int, Iterator[Batch]]]:
         """(step, its batches) for every step from `start`; use up the batches before asking for the next step.
@@ -149,7 +158,11 @@ class TrainStream:
         data that cannot be read.
         """
         addresses = _TrainAddresses(self._plan, self._world.rank, start)
-        batches = _on_device(_loader(self._samples, addresses, self._workers, self._world), self._world.device)
+        if isinstance(self._samples, TarStream):
+            loader = _loader(self._samples.serve(addresses), None, self._workers, self._world)
+        else:
+            loader = _loader(self._samples, addresses, self._workers, self._world)
+        batches = _on_device(loader, self._world.device)
         for step in range(start, self._plan.total_steps):
             yield step, (next(batches) for _ in range(self._plan.forwards))
 
