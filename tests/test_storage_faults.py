@@ -86,6 +86,18 @@ def test_what_never_ends_ends_with_an_outage(folder: Path, fault: str) -> None:
     assert said[fault] in text
 
 
+def test_a_long_wait_is_said_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Fails when a process waits for minutes in silence, or says so at every attempt."""
+    monkeypatch.setattr(retry, "_SAY_AFTER", 0.0)
+    monkeypatch.setattr(retry, "_SAID", threading.Semaphore(1))
+    Storage({"faults": ["reset"] * 5}, QUICK).read(f"faulty://{folder}/a.bin", 0, 100)
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "reset by peer; trying on for" in said[0]
+
+
 def test_what_asking_again_cannot_mend_is_asked_once(folder: Path, tmp_path: Path, s3: S3Server) -> None:
     """A missing file and a refused one, by every transport: FileNotFoundError and PermissionError after one request.
 
