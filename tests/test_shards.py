@@ -12,7 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from helpers import Members, index_of, members_of, message, pack_images, pixels, png, sample_members, write_tar
+from helpers import (
+    Members,
+    flip_byte,
+    index_of,
+    members_of,
+    message,
+    pack_images,
+    pixels,
+    png,
+    sample_members,
+    write_tar,
+)
 from PIL import Image
 
 from dist_trainer.data.augment import CenterCrop
@@ -45,12 +56,6 @@ def refused(call: Callable[[], object]) -> str:
     with pytest.raises(UserError) as caught:
         call()
     return message(caught)
-
-
-def flip_byte(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
 
 
 # What pack writes
