@@ -32,7 +32,9 @@ class Storage:
 
     def _at(self, location: str) -> tuple[Any, str]:
         if location.startswith("pipe:"):
-            raise UserError(f"{location}: shell pipes are refused; use a path or a URL that fsspec knows, such as s3://")
+            raise UserError(
+                f"{location}: shell pipes are refused; use a path or a URL that fsspec knows, such as s3://"
+            )
         return fsspec.core.url_to_fs(location, **self._options)
 
     def stat(self, location: str) -> Stat:
