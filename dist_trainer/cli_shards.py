@@ -35,6 +35,7 @@ def _pack(argv: list[str]) -> int:
     values = parse(parser, argv)
     if values.quality is not None and values.max_side is None:
         raise UserError("--quality: is that of images that --max_side makes smaller; others are taken as they are")
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from dist_trainer.data.pack import Recipe, pack, unfinished
@@ -42,13 +43,14 @@ def _pack(argv: list[str]) -> int:
 
     chosen = {name: values[name] for name in ("samples_per_shard", "seed", "max_side", "quality")}
     recipe = Recipe(**{name: value for name, value in chosen.items() if value is not None})
-    splits = find_splits(
-        values.source,
-        Path(values.root) if values.root else None,
-        labels=values.labels or (),
-        val_fraction=values.val_fraction,
-        seed=values.seed,
-    )
+    with Console().status(f"listing {values.source}"):  # 100 s for the headers in ILSVRC2012_img_train.tar
+        splits = find_splits(
+            values.source,
+            Path(values.root) if values.root else None,
+            labels=values.labels or (),
+            val_fraction=values.val_fraction,
+            seed=values.seed,
+        )
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     for split, source in unfinished(splits, Path(values.out), recipe).items():
         out = Path(values.out) / split

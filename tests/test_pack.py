@@ -487,16 +487,25 @@ def test_images_of_an_unexpected_kind_are_taken_as_they_are(tmp_path: Path) -> N
     assert contents(tmp_path / "out" / "train") == folder_contents(tmp_path / "raw")
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>404 Not Found</html>", "truncated"])
-def test_an_image_that_is_none_is_named_by_its_source(tmp_path: Path, data: bytes | str) -> None:
+BAD: dict[str, tuple[bytes, list[str]]] = {
+    "empty": (b"", []),
+    "a page": (b"<html>404 Not Found</html>", []),
+    "too wide": (png(np.random.default_rng(0), 1, 65_536), []),
+    "cut short": (jpeg(np.random.default_rng(0), 64, 64)[:1500], ["--max_side=32"]),
+    "a page, to be made smaller": (b"<html>404 Not Found</html>", ["--max_side=32"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_an_image_that_is_none_is_named_by_its_source(tmp_path: Path, case: str) -> None:
     """Its file, not only its place in a shard. One that is cut short is noticed where it has to be decoded.
 
-    Fails when the scan's own message is all that is said.
+    Fails when the scan's own message is all that is said, or Pillow's exception gets through.
     """
     fill(tmp_path / "raw", {"ant": 3, "bee": 3})
     bad = tmp_path / "raw" / "bee" / "bee_0001.JPEG"
-    bad.write_bytes(jpeg(np.random.default_rng(0), 64, 64)[:1500] if isinstance(data, str) else data)
-    options = ["--max_side=32"] if data == "truncated" else []
+    data, options = BAD[case]
+    bad.write_bytes(data)
     line = refused(tmp_path / "raw", tmp_path / "out", *options)
     assert line.startswith(f"{bad}: ")
     assert not (tmp_path / "out" / "train").exists()

@@ -5,7 +5,9 @@ import fcntl
 import io
 import json
 import os
+import pickle
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +22,7 @@ import webdataset
 from PIL import Image
 
 from dist_trainer.comm import die_with_parent
-from dist_trainer.data.index import FILE_NAME
+from dist_trainer.data.index import FILE_NAME, SAMPLE
 from dist_trainer.data.pack_sources import Source
 from dist_trainer.data.scan import LABEL_SUFFIX, ShardScan, join, scan_tar
 from dist_trainer.errors import UserError
@@ -29,7 +31,9 @@ from dist_trainer.keyed import permutation
 MANIFEST = "pack.json"
 CLASSES = "classes.txt"
 _LOCK = "lock"
+_SOURCE = "source.pickle"
 _UNFINISHED = ".part"
+_MAX_SIDE = np.iinfo(SAMPLE["width"]).max  # pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,7 @@ class _Shard:
 
 @dataclass(frozen=True)
 class _Writer:
-    """Writes shards of one source; travels once to every worker process."""
+    """Writes shards of one source; every worker process reads it once."""
 
     source: Source
     recipe: Recipe
@@ -82,10 +86,11 @@ class _Writer:
                 self._write_to(file, shard)
                 file.flush()
                 os.fsync(file.fileno())  # a full disk is noticed here at the latest, on NFS too
-            scan = scan_tar(unfinished)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
             raise UserError(f"{shard.path}: {error.strerror or error}; {_GO_ON}") from None
+        try:
+            scan = scan_tar(unfinished)
         except UserError:
             self._blame(shard)
             raise
@@ -113,7 +118,10 @@ class _Writer:
     def _blame(self, shard: _Shard) -> None:
         """Raises UserError that names the image for which the scan refused the shard; the scan knows its byte alone."""
         for item in shard.items.tolist():
-            _size(self.source.read(item)[0], self.source.name(item))
+            name = self.source.name(item)
+            width, height = _size(self.source.read(item)[0], name)
+            if max(width, height) > _MAX_SIDE:
+                raise UserError(f"{name}: {width:,} x {height:,} pixels; an index holds {_MAX_SIDE:,} a side at most")
 
 
 _GO_ON = "what is finished stays, and the same command goes on from there"
@@ -155,15 +163,28 @@ def shrink(data: bytes, suffix: str, max_side: int, quality: int, name: str) -> 
 _writer: _Writer  # of this worker process
 
 
-def _init_worker(writer: _Writer) -> None:
+def _init_worker(writer: Path) -> None:
     global _writer  # noqa: PLW0603
-    _writer = writer
     die_with_parent(signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    _writer = pickle.loads(writer.read_bytes())
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on Ctrl-C ends it at once, without a traceback
 
 
 def _write(shard: _Shard) -> ShardScan:
     return _writer.write(shard)
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that start here do not die of Ctrl-C, which reaches the whole group, with a traceback of imports."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _write_all(writer: _Writer, shards: Sequence[_Shard], num_processes: int) -> Iterator[ShardScan]:
@@ -172,15 +193,22 @@ def _write_all(writer: _Writer, shards: Sequence[_Shard], num_processes: int) ->
     if num_processes <= 1:
         yield from map(writer.write, shards)
         return
+    # By a file: what is given to a process at its start goes through a pipe, and a large source fills that until the
+    # process has imported everything, so that they would start one after the other.
+    file = shards[0].path.with_name(_SOURCE)
+    file.write_bytes(pickle.dumps(writer))
     with ProcessPoolExecutor(
-        num_processes, mp_context=get_context("spawn"), initializer=_init_worker, initargs=(writer,)
+        num_processes, mp_context=get_context("spawn"), initializer=_init_worker, initargs=(file,)
     ) as pool:
         try:
-            yield from pool.map(_write, shards)
+            with _deaf_to_interrupts():
+                scans = pool.map(_write, shards)
+            yield from scans
         except BrokenProcessPool:
             raise UserError(f"a worker process was killed, maybe for want of memory; {_GO_ON}") from None
         finally:
             pool.shutdown(cancel_futures=True)
+    file.unlink()
 
 
 def partial_folder(out: Path) -> Path:

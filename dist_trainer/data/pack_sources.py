@@ -64,7 +64,7 @@ def require_classes(where: object, found: Collection[str], expected: Sequence[st
 
 
 class ListedImages:
-    """Images that are named in a list. The names of 1.28 M are 40 MB in two arrays, and 150 MB as Python strings."""
+    """Images that are named in a list. 1.28 M are 60 MB in arrays, and 150 MB as Python objects."""
 
     def __init__(
         self, place: Path, names: Sequence[str], labels: Sequence[int], class_names: tuple[str, ...], num_ignored: int

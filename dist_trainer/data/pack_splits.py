@@ -73,7 +73,10 @@ def find_splits(
             raise UserError(f"--labels: {source} has labels of its own")
         splits = torchvision_splits(source.removeprefix("torchvision/"), root)
     else:
-        splits = _folder_splits(Path(source), tables)
+        try:
+            splits = _folder_splits(Path(source), tables)
+        except OSError as error:
+            raise UserError(f"{error.filename or source}: {error.strerror or error}") from None
     if val_fraction is not None:
         if "val" in splits:
             raise UserError(f"--val_fraction: {source} has images for validation of its own")
