@@ -172,8 +172,8 @@ VARIANTS: dict[str, Callable[[list[tuple[str, str]]], str]] = {
     "header": lambda rows: "file,class\n" + "".join(f"{name},{label}\r\n" for name, label in rows),
     "folder": lambda rows: "".join(f"./val/{name},{label}\n" for name, label in rows),
     "no suffix": lambda rows: "image;label\n" + "".join(f"{Path(name).stem};{label}\n" for name, label in rows),
-    "blanks": lambda rows: "".join(f"{name} {label}\n" for name, label in rows),
-    "numbers": lambda rows: "\ufefffile,class\n" + "".join(f"{n},{CLASSES.index(label)}\n" for n, label in rows),
+    "blanks": lambda rows: "\ufeff" + "".join(f"{name} {label}\n" for name, label in rows),
+    "numbers": lambda rows: "file,class\n" + "".join(f"{n},{CLASSES.index(label)}\n" for n, label in rows),
     "kaggle": lambda rows: (
         "ImageId,PredictionString\n"
         + "".join(f"{Path(name).stem},{label} 85 1 499 272 {label} 3 4 30 44 \n" for name, label in rows)
@@ -349,11 +349,11 @@ def test_scipy_is_named_where_it_is_missing(ilsvrc: Path, tmp_path: Path, monkey
     assert "pip install 'dist_trainer[imagenet]'" in refused(ilsvrc, tmp_path / "out")
 
 
-@pytest.mark.parametrize("damage", ["cut", "header inside", "header", "no tar", "devkit"])
+@pytest.mark.parametrize("damage", ["cut", "cut inside", "header inside", "header", "no tar", "devkit"])
 def test_a_damaged_archive_is_refused(ilsvrc: Path, tmp_path: Path, damage: str) -> None:
     """Python's tarfile takes a destroyed header for the end, so half of a class could be lost without a word.
 
-    Fails when what follows the last member is not looked at, or a member's end is not held against the size.
+    Fails when what follows the last member is not looked at, or tarfile's exceptions get through.
     """
     path = ilsvrc / "ILSVRC2012_img_train.tar"
     data = bytearray(path.read_bytes())
@@ -365,6 +365,8 @@ def test_a_damaged_archive_is_refused(ilsvrc: Path, tmp_path: Path, damage: str)
             second = members[4].offset_data + inner.getmembers()[1].offset
     if damage == "cut":
         data = data[: members[-1].offset_data + 1000]
+    elif damage == "cut inside":  # the class tar's own size, in its header, is right
+        data = data[: members[0].offset] + tar_of({members[4].name: bytes(data[members[4].offset_data : second + 600])})
     elif damage == "header inside":
         data[second : second + 512] = bytes(512)
     elif damage == "header":

@@ -43,13 +43,11 @@ class TarImages(ListedImages):
         return data
 
 
-def _files(tar: tarfile.TarFile, file: IO[bytes], size: int, where: str) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar of `size` bytes. Raises UserError where Python's tarfile would see the end too early."""
+def _files(tar: tarfile.TarFile, file: IO[bytes], where: str) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar, which is open as `file` too. Raises UserError where tarfile sees the end too early."""
     end = 0
     for member in tar:
         end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-        if end > size:
-            raise UserError(f"{where}: {member.name!r} is cut short: the tar ends at byte {size:,}; copy it again")
         if member.isfile():
             yield member
     file.seek(end)
@@ -74,7 +72,7 @@ def _train(tar: Path) -> Source:
     classes: dict[str, list[_Place]] = {}
     num_ignored = 0
     with _open(tar) as (outer, file):
-        for member in _files(outer, file, tar.stat().st_size, str(tar)):
+        for member in _files(outer, file, str(tar)):
             inside = outer.extractfile(member)
             name = PurePosixPath(member.name)
             if name.suffix != ".tar" or inside is None:
@@ -83,7 +81,7 @@ def _train(tar: Path) -> Source:
             images = classes.setdefault(name.stem, [])
             where = f"{tar}/{member.name}"
             with inside, tarfile.open(fileobj=inside, mode="r:") as inner:
-                for each in _files(inner, inside, member.size, where):
+                for each in _files(inner, inside, where):
                     if is_image(each.name):
                         place = member.offset_data + each.offset_data
                         images.append((f"{name.stem}/{PurePosixPath(each.name).name}", place, each.size))
@@ -102,7 +100,7 @@ def _train(tar: Path) -> Source:
 def _val(tar: Path) -> Source:
     truth, synsets = _read_devkit(tar.with_name(DEVKIT))
     with _open(tar) as (flat, file):
-        members = _files(flat, file, tar.stat().st_size, str(tar))
+        members = _files(flat, file, str(tar))
         files = [(PurePosixPath(member.name).name, member.offset_data, member.size) for member in members]
     places = sorted(place for place in files if is_image(place[0]))
     if len(places) != len(truth):
