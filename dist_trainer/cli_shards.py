@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser
 
 from dist_trainer.arguments import new_parser, parse
 from dist_trainer.comm import cores
@@ -38,4 +41,82 @@ def _pack(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"pack": _pack}
+def _index(argv: list[str]) -> int:
+    parser = new_parser(
+        "shards index", "The index of WebDataset tars that are there: every sample is looked at once.", config=False
+    )
+    parser.add_argument(
+        "url", nargs="+", type=str, help="tars, a brace pattern of them or their folder; paths or URLs such as s3://"
+    )
+    parser.add_argument("--out", type=str | None, default=None, help="the index, NAME.dtx; default: beside the tars")
+    parser.add_argument("--label", type=str | None, default=None, help="where labels are: cls, json:KEY or key")
+    parser.add_argument("--classes", type=str | None, default=None, help="a file of class names, a line for each")
+    parser.add_argument("--allow_bad", "--allow-bad", type=int, default=0, help="bad samples that are accepted")
+    _add_storage_options(parser)
+    _add_processes(parser)
+    values = parse(parser, argv)
+    _check_processes(values.processes)
+    if values.allow_bad < 0:
+        raise UserError(f"--allow_bad: {values.allow_bad} is negative")
+    from dist_trainer.data.sources import index_shards
+
+    print(
+        index_shards(
+            values.url,
+            Path(values.out).expanduser() if values.out else None,
+            label=values.label,
+            classes=values.classes,
+            allow_bad=values.allow_bad,
+            options=values.storage_options,
+            num_processes=values.processes,
+            say=print,
+        )
+    )
+    return 0
+
+
+def _check(argv: list[str]) -> int:
+    parser = new_parser("shards check", "Hold shards against their index, and list the bad samples.", config=False)
+    parser.add_argument("location", type=str, help="an index, or what data.train may name")
+    parser.add_argument(
+        "--level",
+        type=Literal["headers", "crc", "decode"],
+        default="crc",
+        help="headers: what the tars say of each sample; crc: every byte; decode: every image too",
+    )
+    parser.add_argument("--json", type=str | None, default=None, help="a file to write what was found to")
+    _add_storage_options(parser)
+    _add_processes(parser)
+    values = parse(parser, argv)
+    _check_processes(values.processes)
+    from dist_trainer.data.check import check_location
+
+    return check_location(
+        values.location,
+        values.level,
+        options=values.storage_options,
+        num_processes=values.processes,
+        json_file=Path(values.json).expanduser() if values.json else None,
+    )
+
+
+def _add_storage_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--storage_options",
+        "--storage-options",
+        type=dict[str, Any] | None,
+        default=None,
+        help="what fsspec needs besides credentials, such as {anon: true}",
+    )
+
+
+def _add_processes(parser: ArgumentParser) -> None:
+    parser.add_argument("--processes", type=int, default=cores(), help="how many shards are read at a time")
+
+
+def _check_processes(processes: int) -> None:
+    if processes < 1:
+        raise UserError(f"--processes: {processes} is not positive")
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"pack": _pack, "index": _index, "check": _check}

@@ -15,9 +15,11 @@ from dist_trainer.run import open_data, prepare_data
 
 def evaluate_weights(config: TrainConfig, weights: Path, world: World, terminal: Terminal) -> EvalResult:
     """Score `weights` (a checkpoint folder or a safetensors file) on the config's validation set (collective)."""
-    for note in on_main(world, lambda: prepare_data(config)):
-        terminal.say(note)
-    train_index, val_index = open_data(config)
+    prepared = on_main(world, lambda: prepare_data(config))
+    for _, note in prepared.values():
+        if note:
+            terminal.say(note)
+    train_index, val_index = open_data(config, prepared)
     model = build_model(config.model, train_index.num_classes, config.run.seed)
     checkpoint.load_into(model, checkpoint.load_weights(weights), str(weights))
     preprocess = Preprocess(mean=config.data.mean, std=config.data.std, channels_last=config.model.channels_last)

@@ -6,7 +6,7 @@ from dist_trainer.comm import devices
 from dist_trainer.config import TrainConfig
 from dist_trainer.models import build_model
 from dist_trainer.plan import Duration, largest_world, make_plan, num_slots
-from dist_trainer.run import Every, open_data
+from dist_trainer.run import Every, open_data, prepare_data
 from dist_trainer.tricks.learning_rate import LearningRate
 from dist_trainer.tricks.losses import build_loss
 from dist_trainer.tricks.optimizers import build_optimizer
@@ -16,7 +16,7 @@ def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: i
     """Figures by name. Whatever `train` would refuse is refused here: raises UserError."""
     num_classes = 1000  # ImageNet's, where the data are not here
     if num_samples is None:
-        train, _ = open_data(config)
+        train, _ = open_data(config, prepare_data(config))
         num_samples, num_classes = len(train), train.num_classes
     world = gpus if gpus is not None else largest_world(config.batch, devices())
     plan = make_plan(config.batch, Duration.parse(config.duration, "duration"), world=world, num_samples=num_samples)

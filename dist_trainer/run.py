@@ -11,7 +11,7 @@ from dist_trainer import checkpoint
 from dist_trainer.comm import StopRequest, World, on_main
 from dist_trainer.config import TrainConfig
 from dist_trainer.data.index import ShardIndex
-from dist_trainer.data.sources import open_index, prepare_index
+from dist_trainer.data.sources import match_classes, open_index, prepare_index
 from dist_trainer.data.stream import EvalStream, TrainStream
 from dist_trainer.engine import Engine, build_engine
 from dist_trainer.errors import UserError
@@ -104,22 +104,19 @@ class Run:
     seconds: dict[str, float] = field(default_factory=lambda: {"eval": 0.0, "save": 0.0})
 
 
-def prepare_data(config: TrainConfig) -> list[str]:
-    """Index the training and validation tars where they are not; a line for each that was. To be called on one rank."""
-    prepared = (prepare_index(f"data.{name}", getattr(config.data, name)) for name in ("train", "val"))
-    return [note for _, note in prepared if note]
+def prepare_data(config: TrainConfig) -> dict[str, tuple[str, str]]:
+    """Make the training and validation index where they are not, and hold them against their shards.
+
+    To be called on one rank. Returns, for `train` and `val`, (path of the index, a line to print or "").
+    """
+    fallback = Path(config.run.dir).expanduser() / ".index"
+    return {n: prepare_index(f"data.{n}", getattr(config.data, n), fallback=fallback) for n in ("train", "val")}
 
 
-def open_data(config: TrainConfig) -> tuple[ShardIndex, ShardIndex]:
-    """(training, validation) index. Raises UserError when they do not fit each other or the config."""
-    train, val = (open_index(prepare_index(f"data.{n}", getattr(config.data, n))[0]) for n in ("train", "val"))
-    if val.num_classes > train.num_classes or (
-        val.class_names != train.class_names and not all(name.isdecimal() for name in val.class_names)
-    ):
-        raise UserError(
-            f"data.val: its classes are not those of data.train ({val.num_classes} and {train.num_classes} classes, "
-            f"the first {val.class_names[:2]} and {train.class_names[:2]})"
-        )
+def open_data(config: TrainConfig, prepared: dict[str, tuple[str, str]]) -> tuple[ShardIndex, ShardIndex]:
+    """(training, validation) index, with one class list. Raises UserError when they do not fit, also to the config."""
+    train, val = (open_index(prepared[name][0]) for name in ("train", "val"))
+    val = match_classes(train, val)
     for name in ("mean", "std"):
         values = getattr(config.data, name)
         if len(values) != config.data.channels:
@@ -132,9 +129,11 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
 
     Returns the folder alone when the run in it is complete. Raises UserError, on every rank, for the user's mistakes.
     """
-    for note in on_main(world, lambda: prepare_data(config)):
-        terminal.say(note)
-    train_index, val_index = open_data(config)
+    prepared = on_main(world, lambda: prepare_data(config))
+    for _, note in prepared.values():
+        if note:
+            terminal.say(note)
+    train_index, val_index = open_data(config, prepared)
     plan = make_plan(
         config.batch, Duration.parse(config.duration, "duration"), world=world.size, num_samples=len(train_index)
     )

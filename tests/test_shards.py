@@ -20,7 +20,7 @@ from dist_trainer.data.index import FILE_NAME, SAMPLE, ShardIndex
 from dist_trainer.data.pack import FolderSource, pack
 from dist_trainer.data.read import TarReader
 from dist_trainer.data.scan import scan_tar
-from dist_trainer.data.sources import open_index, prepare_index
+from dist_trainer.data.sources import prepare_index
 from dist_trainer.data.stream import EvalAddress, EvalSamples
 from dist_trainer.errors import UserError
 
@@ -259,10 +259,11 @@ def test_an_index_whose_tars_are_gone_or_changed_is_refused(copy: Path) -> None:
     """Fails when the size of a tar is not held against the index."""
     tar = copy / "000001.tar"
     tar.write_bytes(tar.read_bytes() + bytes(512))
-    text = refused(lambda: open_index(str(copy / FILE_NAME)))
-    assert text.startswith(f"{tar}: {tar.stat().st_size} bytes, but {copy / FILE_NAME} says {tar.stat().st_size - 512}")
+    text = refused(lambda: prepare_index("data.train", str(copy)))
+    size = tar.stat().st_size
+    assert text.startswith(f"data.train: {tar}: {size} bytes, but {copy / FILE_NAME} says {size - 512}")
     tar.unlink()
-    assert refused(lambda: open_index(str(copy / FILE_NAME))).startswith(f"{tar}: missing")
+    assert refused(lambda: prepare_index("data.train", str(copy))).startswith(f"data.train: {tar}: missing")
 
 
 def test_a_flipped_byte_of_an_image_is_reported_with_tar_and_sample(copy: Path) -> None:
