@@ -137,6 +137,20 @@ def broadcast_json(world: World, value: Any) -> Any:
     return json.loads(bytes(payload.numpy()))
 
 
+def gather_json(world: World, value: Any) -> list[Any]:
+    """Every rank's `value` (what JSON can hold), in the order of ranks, on every rank."""
+    data = json.dumps(value).encode()
+    if world.size == 1:
+        return [json.loads(data)]
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world.size)]
+    dist.all_gather(lengths, torch.tensor([len(data)]), group=world.host_group)
+    longest = max(int(length) for length in lengths)
+    padded = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
+    everyone = [torch.empty(longest, dtype=torch.uint8) for _ in range(world.size)]
+    dist.all_gather(everyone, padded, group=world.host_group)
+    return [json.loads(bytes(each.numpy())) for each in everyone]
+
+
 def on_main(world: World, work: Callable[[], T]) -> T:
     """Run `work` on rank 0 and give its JSON-able result, or its UserError, to every rank: all go on or none does."""
     outcome: dict[str, Any] = {}

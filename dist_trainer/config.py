@@ -6,7 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 from dist_trainer.checkpoint import CheckpointConfig
 from dist_trainer.data.augment import AugmentConfig
-from dist_trainer.data.stream import DataConfig
+from dist_trainer.data.config import DataConfig
 from dist_trainer.engine import EngineConfig
 from dist_trainer.errors import UserError, nearest
 from dist_trainer.evaluate import EvalConfig

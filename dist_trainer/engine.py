@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_trainer.comm import World
-from dist_trainer.data.stream import Batch
+from dist_trainer.data.batch import Batch
 from dist_trainer.errors import UserError
 from dist_trainer.inference import Inference, Preprocess
 from dist_trainer.keyed import FORWARD, key

@@ -1,16 +1,21 @@
 """Exact validation: integer counts, one packed sum, the same integers on any world."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from dist_trainer.comm import gather_json
 from dist_trainer.data.augment import CenterCrop
+from dist_trainer.data.health import BadSample, Health
+from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.stream import EvalStream
 from dist_trainer.errors import UserError
 from dist_trainer.inference import Inference
+from dist_trainer.log.console import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +30,8 @@ class EvalConfig:
     """Resize the shorter side to so many pixels first."""
     crop: int | None = None
     """Then cut a square of so many pixels from the centre."""
+    bad: Literal["count_wrong", "fail"] = "count_wrong"
+    """What a validation sample that cannot be read or decoded does: count as wrong, with a warning, or stop."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,11 @@ class EvalResult:
     correct1: int
     correct5: int
     num_samples: int
+    """All, bad ones included, so that accuracy never rises because samples are lost."""
     loss: float
-    """Mean cross-entropy, without label smoothing."""
+    """Mean cross-entropy of the samples that are not bad, without label smoothing."""
+    bad: tuple[BadSample, ...] = ()
+    """Samples that cannot be used; they count as wrong."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -61,6 +71,7 @@ def evaluate(engine: Inference, stream: EvalStream) -> EvalResult:
     """
     # correct1, correct5, counted, loss: float64 holds integers exactly up to 2**53
     sums = torch.zeros(4, dtype=torch.float64, device=engine.world.device)
+    bad: list[BadSample] = []
     was_training = engine.module.training
     engine.module.eval()
     try:
@@ -71,13 +82,37 @@ def evaluate(engine: Inference, stream: EvalStream) -> EvalResult:
             loss = F.cross_entropy(logits, labels, reduction="none")
             seen = weight > 0  # masks, no indexing by them: that would wait for the device at every batch
             correct1, correct5 = (hits[:, 0] & seen).sum(), (hits.any(dim=1) & seen).sum()
+            bad += batch.bad
             sums += torch.stack([correct1, correct5, seen.sum(), torch.where(seen, loss, 0.0).double().sum()])
     finally:
         engine.module.train(was_training)
+    sums = torch.cat([sums, sums.new_tensor([len(bad)])])
     dist.all_reduce(sums)
-    top1, top5, counted, loss_sum = sums.tolist()
-    if int(counted) != stream.num_samples:
+    top1, top5, counted, loss_sum, num_bad = sums.tolist()
+    if int(counted + num_bad) != stream.num_samples:
         raise RuntimeError(
-            f"validation counted {int(counted)} of {stream.num_samples} samples: a bug, please report it"
+            f"validation counted {int(counted)} and {int(num_bad)} bad of {stream.num_samples} samples: "
+            "a bug, please report it"
         )
-    return EvalResult(int(top1), int(top5), int(counted), loss_sum / stream.num_samples)
+    if num_bad:
+        met = gather_json(engine.world, [asdict(each) for each in bad])
+        bad = sorted((BadSample(**each) for rank in met for each in rank), key=lambda each: each.sample)
+    return EvalResult(int(top1), int(top5), stream.num_samples, loss_sum / max(counted, 1.0), tuple(bad))
+
+
+def report_bad(
+    config: EvalConfig, index: ShardIndex, result: EvalResult, listing: Path | None, terminal: Terminal
+) -> None:
+    """Warn of bad validation samples and list them in `listing` (one rank's). Raises UserError for `eval.bad: fail`."""
+    if not result.bad:
+        return
+    health = Health(index, "auto", "val")
+    if listing is not None:
+        health.write(listing, health.learn(result.bad))
+    line = (
+        f"{len(result.bad)} bad validation samples of {result.num_samples}: {Health.summary(result.bad)}. "
+        f"Run: dist-trainer shards check {index.path}"
+    )
+    if config.bad == "fail":
+        raise UserError(f"eval.bad: fail: {line}")
+    terminal.say(f"warning: they count as wrong: {line}")

@@ -16,7 +16,7 @@ _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
 
 # First key part of each use, so that two uses with equal numbers never share a stream.
-BLOCKS, WINDOW, FULL, AUGMENT, FLIP, FORWARD, INIT, CROP, STAGE, CLASSES, CLASS, SPLIT = range(12)
+BLOCKS, WINDOW, FULL, AUGMENT, FLIP, FORWARD, INIT, SPLIT, CROP, STAGE, CLASSES, CLASS, STREAM = range(13)
 
 UInt64 = npt.NDArray[np.uint64]
 
@@ -56,21 +56,22 @@ def uniform(values: npt.NDArray[Any], *parts: int) -> npt.NDArray[np.float64]:
     return draws
 
 
-def permute(values: npt.NDArray[np.int64], size: npt.NDArray[np.int64] | int, keys: UInt64) -> npt.NDArray[np.int64]:
+def permute(
+    values: npt.NDArray[np.int64], size: npt.NDArray[np.int64] | int, keys: UInt64 | np.uint64
+) -> npt.NDArray[np.int64]:
     """Where `values` of range(size) (int64) go under a permutation of range(size): any part of it, without the rest.
 
-    `size` and `keys` (uint64) broadcast against `values`. Twelve half-rounds of a Feistel network over the smallest a x b
-    that covers `size` (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section 4), each adding a hash
-    of one half to the other; what falls outside goes around again.
+    `size` and `keys` (uint64) broadcast against `values`. Twelve half-rounds of a Feistel network over the smallest
+    a x b that covers `size` (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section 4), each adding
+    a hash of one half to the other; what falls outside goes around again.
     """
-    values, size, keys = np.broadcast_arrays(values, size, keys)
-    a = np.ceil(np.sqrt(size.astype(np.float64))).astype(np.uint64)
-    b = -(-size // np.maximum(a.astype(np.int64), 1))
-    result = np.empty(values.shape, np.int64)
-    todo = np.arange(values.size)
-    flat = [np.ravel(x) for x in (values.astype(np.uint64), a, b.astype(np.uint64), size.astype(np.uint64), keys)]
+    shape = np.broadcast_shapes(np.shape(values), np.shape(size), np.shape(keys))
+    x, n, k = (np.broadcast_to(np.asarray(each).astype(np.uint64), shape).ravel() for each in (values, size, keys))
+    a = np.ceil(np.sqrt(n.astype(np.float64))).astype(np.uint64)
+    b = (n + a - np.uint64(1)) // np.maximum(a, np.uint64(1))
+    result = np.empty(len(x), np.int64)
+    todo = np.arange(len(x))
     while len(todo):
-        x, a, b, n, k = flat
         left, right = x // b, x % b
         with np.errstate(over="ignore"):
             for number in range(6):
@@ -78,7 +79,7 @@ def permute(values: npt.NDArray[np.int64], size: npt.NDArray[np.int64] | int, ke
                 right = (right + hashes(left + k, number, 1)) % b
         x = left * b + right
         inside = x < n
-        result.ravel()[todo[inside]] = x[inside]
+        result[todo[inside]] = x[inside]
         todo = todo[~inside]
-        flat = [each[~inside] for each in (x, a, b, n, k)]
-    return result
+        x, a, b, n, k = (each[~inside] for each in (x, a, b, n, k))
+    return result.reshape(shape)

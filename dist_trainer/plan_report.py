@@ -1,12 +1,13 @@
 """`plan`: everything that follows from a config, as figures and as a table."""
 
+import math
 from typing import Any
 
 from dist_trainer.comm import devices
 from dist_trainer.config import TrainConfig
 from dist_trainer.models import build_model
 from dist_trainer.plan import Duration, largest_world, make_plan, num_slots
-from dist_trainer.run import Every, open_data, prepare_data
+from dist_trainer.run import Every, open_data, plan_of, prepare_data
 from dist_trainer.tricks.learning_rate import LearningRate
 from dist_trainer.tricks.losses import build_loss
 from dist_trainer.tricks.optimizers import build_optimizer
@@ -15,11 +16,15 @@ from dist_trainer.tricks.optimizers import build_optimizer
 def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: int | None = None) -> dict[str, Any]:
     """Figures by name. Whatever `train` would refuse is refused here: raises UserError."""
     num_classes = 1000  # ImageNet's, where the data are not here
+    world = gpus if gpus is not None else largest_world(config.batch, devices())
     if num_samples is None:
         train, _ = open_data(config, prepare_data(config))
-        num_samples, num_classes = len(train), train.num_classes
-    world = gpus if gpus is not None else largest_world(config.batch, devices())
-    plan = make_plan(config.batch, Duration.parse(config.duration, "duration"), world=world, num_samples=num_samples)
+        num_classes = train.num_classes
+        plan = plan_of(config, train, world)
+    else:
+        tail, repeats = config.data.tail, config.augment.repeats
+        duration = Duration.parse(config.duration, "duration")
+        plan = make_plan(config.batch, duration, world=world, num_samples=num_samples, tail=tail, repeats=repeats)
     rate = LearningRate(config.lr, plan)
     Every.of(config)
     model = build_model(config.model, num_classes, config.run.seed)
@@ -35,9 +40,9 @@ def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: i
         "efficiency": plan.efficiency,
         "legal_worlds": f"1 to {num_slots(config.batch)}",
         "full_worlds": [w for w in range(1, plan.num_slots + 1) if plan.num_slots % w == 0],
-        "num_samples": num_samples,
+        "num_samples": plan.num_samples,
         "steps_per_epoch": plan.steps_per_epoch,
-        "samples_in_last_step": plan.num_valid(plan.steps_per_epoch - 1),
+        "samples_in_last_step": plan.num_valid(math.ceil(plan.steps_per_epoch) - 1),
         "total_steps": plan.total_steps,
         "warmup_steps": rate.warmup,
         "lr_first": rate(0),
@@ -61,7 +66,7 @@ def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         "world": f"{f['world']} ranks (legal: {f['legal_worlds']}; even: {', '.join(map(str, f['full_worlds']))})",
         "step": f"{f['global_batch']} samples = {f['micro_batches_per_step']} micro-batches of {f['micro_batch']}; "
         f"{f['forwards_per_rank']} forwards per rank, {f['efficiency']:.0%} efficient",
-        "epoch": f"{f['num_samples']:,} samples = {f['steps_per_epoch']:,} steps, "
+        "epoch": f"{f['num_samples']:,} samples = {f['steps_per_epoch']:,g} steps, "
         f"{f['samples_in_last_step']} samples in the last",
         "run": f"{f['total_steps']:,} steps",
         "learning rate": f"{f['lr_first']:g} at step 0, {f['lr_peak']:g} after {f['warmup_steps']:,} steps of warm-up, "

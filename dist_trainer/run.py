@@ -10,9 +10,12 @@ import torch
 from dist_trainer import checkpoint
 from dist_trainer.comm import StopRequest, World, on_main
 from dist_trainer.config import TrainConfig
+from dist_trainer.data.health import Health
 from dist_trainer.data.index import ShardIndex
-from dist_trainer.data.sources import match_classes, open_index, prepare_index
-from dist_trainer.data.stream import EvalStream, TrainStream
+from dist_trainer.data.order import Kind
+from dist_trainer.data.sources import is_class_sorted, local_index, match_classes, open_index, prepare_index
+from dist_trainer.data.stream import EvalStream, TrainStream, order_samples
+from dist_trainer.data.unindexed import SAID
 from dist_trainer.engine import Engine, build_engine
 from dist_trainer.errors import UserError
 from dist_trainer.evaluate import center_crop
@@ -49,9 +52,7 @@ class Progress:
 
     def as_dict(self, plan: Plan) -> dict[str, Any]:
         """For a checkpoint; `position` is samples consumed, which no number of ranks or workers changes."""
-        epoch, step = divmod(self.step, plan.steps_per_epoch)
-        position = epoch * plan.num_samples + step * plan.global_batch
-        return {**asdict(self), "epoch": plan.epoch(self.step), "position": position}
+        return {**asdict(self), "epoch": plan.epoch(self.step), "position": plan.position(self.step)}
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Run:
     learning_rate: LearningRate
     batch_norm: RunningStatistics
     sums: StepSums
+    health: Health
     meter: Meter
     tracker: Tracker
     folder: RunFolder
@@ -104,24 +106,65 @@ class Run:
     seconds: dict[str, float] = field(default_factory=lambda: {"eval": 0.0, "save": 0.0})
 
 
-def prepare_data(config: TrainConfig) -> dict[str, tuple[str, str]]:
-    """Make the training and validation index where they are not, and hold them against their shards.
+@dataclass(frozen=True)
+class DataPlace:
+    """Where the indices of a run's data are, and what was said of them. Found on one rank, used on all."""
 
-    To be called on one rank. Returns, for `train` and `val`, (path of the index, a line to print or "").
+    train: str
+    val: str
+    notes: list[str]
+
+
+def prepare_data(config: TrainConfig) -> dict[str, Any]:
+    """Find the training and validation index, or make them; hold them against their shards. To be called on one rank.
+
+    Returns a DataPlace as a dict. Raises UserError for data that are not there, damaged or changed.
     """
+    config.data.check()
     fallback = Path(config.run.dir).expanduser() / ".index"
-    return {n: prepare_index(f"data.{n}", getattr(config.data, n), fallback=fallback) for n in ("train", "val")}
+    names = ("train", "val") if config.data.source == "index" else ("val",)
+    found = {
+        name: prepare_index(
+            f"data.{name}", getattr(config.data, name), options=config.data.storage_options, fallback=fallback
+        )
+        for name in names
+    }
+    notes = [note for _, note in found.values() if note]
+    notes += [SAID] if config.data.source == "stream" else []
+    return asdict(DataPlace(train=found.get("train", ("", ""))[0], val=found["val"][0], notes=notes))
 
 
-def open_data(config: TrainConfig, prepared: dict[str, tuple[str, str]]) -> tuple[ShardIndex, ShardIndex]:
-    """(training, validation) index, with one class list. Raises UserError when they do not fit, also to the config."""
-    train, val = (open_index(prepared[name][0]) for name in ("train", "val"))
-    val = match_classes(train, val)
-    for name in ("mean", "std"):
-        values = getattr(config.data, name)
-        if len(values) != config.data.channels:
-            raise UserError(f"data.{name}: {values} has {len(values)} values for data.channels: {config.data.channels}")
-    return train, val
+def open_data(config: TrainConfig, place: dict[str, Any]) -> tuple[ShardIndex, ShardIndex]:
+    """(training, validation) index. Raises UserError when they do not fit each other.
+
+    A stream of tars has no index; the one of validation then stands in its place, for its classes.
+    """
+    local = {name: local_index(place[name], config.data) for name in ("train", "val") if place[name]}
+    val = open_index(local["val"])
+    train = open_index(local["train"]) if "train" in local else val
+    return train, match_classes(train, val)
+
+
+def order_of(config: TrainConfig, train: ShardIndex) -> Kind:
+    """The order that data.order says, or that fits the data."""
+    if config.data.order != "auto":
+        return config.data.order
+    return "full" if is_class_sorted(train) else "window"
+
+
+def plan_of(config: TrainConfig, train: ShardIndex, world: int) -> Plan:
+    """The plan of a run on `world` ranks. Raises UserError for what cannot be."""
+    kind = order_of(config, train)
+    samples = config.data.num_samples or order_samples(train, kind, config.run.seed)
+    duration = Duration.parse(config.duration, "duration")
+    return make_plan(
+        config.batch,
+        duration,
+        world=world,
+        num_samples=samples,
+        tail="carry" if config.data.source == "stream" else config.data.tail,  # a stream has no end to mask
+        repeats=config.augment.repeats,
+    )
 
 
 def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, stop: StopRequest) -> Run | RunFolder:
@@ -129,14 +172,11 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
 
     Returns the folder alone when the run in it is complete. Raises UserError, on every rank, for the user's mistakes.
     """
-    prepared = on_main(world, lambda: prepare_data(config))
-    for _, note in prepared.values():
-        if note:
-            terminal.say(note)
-    train_index, val_index = open_data(config, prepared)
-    plan = make_plan(
-        config.batch, Duration.parse(config.duration, "duration"), world=world.size, num_samples=len(train_index)
-    )
+    place = on_main(world, lambda: prepare_data(config))
+    for note in place["notes"]:
+        terminal.say(note)
+    train_index, val_index = open_data(config, place)
+    plan = plan_of(config, train_index, world.size)
     learning_rate, every = LearningRate(config.lr, plan), Every.of(config)
     what = identity(config.as_dict(), f"{train_index.fingerprint[:16]} {val_index.fingerprint[:16]}")
     name = auto_name(stem, what) if config.run.name == "auto" else config.run.name
@@ -144,7 +184,8 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
     # Whatever can be wrong with the config shows before the folder is touched.
     model = build_model(config.model, train_index.num_classes, config.run.seed)
     optimizer, loss = build_optimizer(config.optimizer, model), build_loss(config.loss)
-    stream = TrainStream(train_index, plan, config.data, config.augment, config.run.seed, world)
+    kind = order_of(config, train_index)
+    stream = TrainStream(train_index, plan, config.data, config.augment, kind, config.run.seed, world)
     val = EvalStream(val_index, config.data, center_crop(config.eval), config.eval.batch, world)
     resumed_from = _claim(folder, config, what, world, terminal)
     if resumed_from == "complete":
@@ -167,6 +208,7 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
         "torch": torch.__version__,
     }
     batch_norm, meter, progress = RunningStatistics(engine.module), Meter(), Progress()
+    health = Health(train_index, config.data.max_bad, "train")
     if state:
         if state["order"] != facts["order"] or state["fingerprint"] != facts["fingerprint"]:
             raise UserError(
@@ -174,6 +216,7 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
             )
         engine.load_optimizer_state(checkpoint.load_tensors(Path(resumed_from), "optim"))
         meter.load(state["meter"])
+        health.load(state["bad_samples"])
         progress = Progress(**{key: state[key] for key in Progress.__dataclass_fields__})
     tracker = Tracker(world, plan.total_steps, terminal)
     tracker.open(
@@ -189,7 +232,8 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
         engine=engine,
         learning_rate=learning_rate,
         batch_norm=batch_norm,
-        sums=StepSums(plan, batch_norm, meter, stop, world.device),
+        sums=StepSums(plan, batch_norm, meter, health, folder.bad_samples, stop, world),
+        health=health,
         meter=meter,
         tracker=tracker,
         folder=folder,

@@ -150,6 +150,10 @@ class RunFolder:
     def best(self) -> Path:
         return self.path / "best"
 
+    @property
+    def bad_samples(self) -> Path:
+        return self.path / "bad_samples.jsonl"
+
     def write_config(self, config: dict[str, Any], identity: dict[str, Any], allow_change: list[str]) -> list[str]:
         """Write config.yaml; returns a line per accepted change.
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from dist_trainer import checkpoint
 from dist_trainer.comm import on_main
-from dist_trainer.data.stream import Batch
+from dist_trainer.data.batch import Batch
 from dist_trainer.errors import UserError
-from dist_trainer.evaluate import evaluate
+from dist_trainer.evaluate import evaluate, report_bad
 from dist_trainer.run import Run
 
 MAX_SKIPPED_IN_A_ROW = 20
@@ -30,6 +30,9 @@ def train(run: Run) -> str | None:
             save(run)
         if sums.stop:
             return sums.stop
+        if reason := run.health.outage or run.health.over_budget:
+            save(run)
+            raise UserError(f"stopped at step {progress.step}, saved: {reason}")
         if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
                 f"step {progress.step}: the gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in a row; none was "
@@ -45,7 +48,8 @@ def train_step(run: Run, step: int, batches: Iterator[Batch]) -> None:
         run.sums.add(run.engine.forward_backward(batch), batch)
     applied = run.engine.step()  # never with a gradient that is not finite
     run.sums.exchange(applied)  # asynchronous: takes in the step before
-    run.progress.count(applied)
+    if not run.health.outage:  # then the step is to be done again, with its data
+        run.progress.count(applied)
 
 
 def training_metrics(run: Run) -> dict[str, float | int]:
@@ -56,6 +60,7 @@ def training_metrics(run: Run) -> dict[str, float | int]:
         "train/lr": run.learning_rate(run.progress.step - 1),
         "train/grad_norm": float(run.engine.grad_norm),
         "train/skipped": run.progress.skipped,
+        "data/bad": run.health.num_bad,
     }
 
 
@@ -66,6 +71,8 @@ def validate(run: Run) -> None:
     run.batch_norm.publish()
     start = time.perf_counter()
     result = evaluate(run.engine, run.val)
+    listing = run.folder.bad_samples if run.world.is_main else None
+    report_bad(run.config.eval, run.val.index, result, listing, run.tracker.terminal)
     progress, metrics = run.progress, result.metrics
     progress.evaluated_step, progress.last = progress.step, metrics
     if metrics["top1"] > progress.best.get("top1", -1.0):
@@ -87,7 +94,12 @@ def save(run: Run) -> None:
     run.batch_norm.publish()
     start = time.perf_counter()
     tensors = {"model": run.engine.model_state(), "optim": run.engine.optimizer_state()}
-    state: dict[str, Any] = {**run.facts, **run.progress.as_dict(run.plan), "meter": run.meter.state()}
+    state: dict[str, Any] = {
+        **run.facts,
+        **run.progress.as_dict(run.plan),
+        "meter": run.meter.state(),
+        "bad_samples": run.health.state(),
+    }
     root, keep = run.folder.checkpoints, run.config.checkpoint.keep_last
     on_main(run.world, lambda: checkpoint.save(root, run.progress.step, tensors, state, keep))
     run.seconds["save"] += time.perf_counter() - start

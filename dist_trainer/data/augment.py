@@ -1,4 +1,4 @@
-"""What happens to one image before it stands in a batch, as a pure function of (seed, epoch, sample id, copy)."""
+"""What happens to an image before it stands in a batch, as a pure function of (seed, epoch, sample id, copy)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import torch
 import torchvision.transforms.v2 as transforms
 
 from dist_trainer.errors import UserError
-from dist_trainer.keyed import AUGMENT, FLIP, key, uniform
+from dist_trainer.keyed import AUGMENT, CROP, FLIP, UInt64, hashes, uniform
 from dist_trainer.named import Named, build
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
@@ -36,44 +36,78 @@ class AugmentConfig:
     """Null leaves images as they are; then all must have one size."""
     flip: float = 0.5
     """Probability of a mirror image."""
+    repeats: int = 1
+    """Copies of each sample in a batch (repeated augmentation, Hoffer et al. 2020), in different micro-batches; an
+    epoch then covers one in `repeats` samples."""
     transforms: list[Named] = field(default_factory=list)
     """More per-image transforms: a torchvision v2 class by name, or package.module:Name, on uint8 [C, H, W]."""
 
 
+Box = tuple[int, int, int, int]
+"""left, top, width, height in pixels"""
+
+
+def crop_boxes(config: CropConfig, widths: np.ndarray, heights: np.ndarray, keys: UInt64) -> np.ndarray:
+    """int64 [m, 4] (left, top, width, height): random-resized crops of images of `widths` x `heights` [m].
+
+    Area uniform in `scale`, log of the shape uniform in `ratio`, placed uniformly; the first of ten draws that fits,
+    or else the largest centred box of a shape nearest to the image's, as torchvision's RandomResizedCrop draws them.
+    """
+    tries = np.arange(10)
+    width, height = widths[:, None].astype(np.float64), heights[:, None].astype(np.float64)
+    many = keys[:, None] + tries.astype(np.uint64)[None]
+    low, high = np.log(config.ratio)
+    area = width * height * (config.scale[0] + (config.scale[1] - config.scale[0]) * uniform(many, CROP, 0))
+    ratio = np.exp(low + (high - low) * uniform(many, CROP, 1))
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.argmax(1)
+    rows = np.arange(len(keys))
+    w, h, width, height = w[rows, first], h[rows, first], width[:, 0], height[:, 0]
+    left = np.floor(uniform(keys, CROP, 2) * (width - w + 1))
+    top = np.floor(uniform(keys, CROP, 3) * (height - h + 1))
+    shape = np.clip(width / height, *config.ratio)
+    whole_w, whole_h = np.minimum(width, np.rint(height * shape)), np.minimum(height, np.rint(width / shape))
+    none = ~fits.any(1)
+    w, h = np.where(none, whole_w, w), np.where(none, whole_h, h)
+    left, top = np.where(none, (width - w) // 2, left), np.where(none, (height - h) // 2, top)
+    return np.stack([left, top, w, h], 1).astype(np.int64)
+
+
 class Augment:
-    """The training transform. `flips` is vectorised; the rest draws from torch's generator, seeded per sample."""
+    """The training transform: everything is drawn under one key per sample, which no rank or worker enters."""
 
     def __init__(self, config: AugmentConfig, seed: int) -> None:
         if not 0.0 <= config.flip <= 1.0:
             raise UserError(f"augment.flip: {config.flip} is not a probability")
-        self._flip, self._seed = config.flip, seed
-        self._steps: list[Transform] = []
+        self.crop, self._flip, self._seed = config.crop, config.flip, seed
         if config.crop is not None:
             if config.crop.size < 1:
                 raise UserError(f"augment.crop.size: {config.crop.size} is not a positive number of pixels")
             for name, (lo, hi), most in (("scale", config.crop.scale, 1.0), ("ratio", config.crop.ratio, math.inf)):
                 if not 0 < lo <= hi <= most:
                     raise UserError(f"augment.crop.{name}: [{lo}, {hi}] is not an ascending pair in (0, {most:g}]")
-            self._steps.append(
-                transforms.RandomResizedCrop(
-                    config.crop.size, scale=config.crop.scale, ratio=config.crop.ratio, antialias=True
-                )
-            )
-        for number, named in enumerate(config.transforms):
-            self._steps.append(build(f"augment.transforms[{number}]", named, vars(transforms), kind="transform"))
+        self._steps: list[Transform] = [
+            build(f"augment.transforms[{number}]", named, vars(transforms), kind="transform")
+            for number, named in enumerate(config.transforms)
+        ]
 
-    def __call__(self, image: torch.Tensor, epoch: int, sample: int, copy: int = 0) -> torch.Tensor:
+    def keys(self, epochs: np.ndarray, ids: np.ndarray, copy: int) -> UInt64:
+        """One key (uint64) per sample, of (seed, epoch, sample id, copy)."""
+        return hashes(hashes(ids, AUGMENT, self._seed, copy) ^ epochs.astype(np.uint64), AUGMENT)
+
+    def transform(self, image: torch.Tensor, sample_key: int) -> torch.Tensor:
         """uint8 [C, H, W] to the same type; leaves torch's default generator in a state that nothing may rely on."""
         if self._steps:
             # default_generator.manual_seed costs 1 us, torch.manual_seed 79.
-            torch.default_generator.manual_seed(key(AUGMENT, self._seed, epoch, sample, copy))
+            torch.default_generator.manual_seed(sample_key)
             for step in self._steps:
                 image = step(image)
         return image
 
-    def flips(self, epoch: int, ids: np.ndarray) -> np.ndarray:
-        """Which of `ids` are mirrored (bool, one per id)."""
-        return uniform(ids, FLIP, self._seed, epoch) < self._flip
+    def flips(self, keys: UInt64) -> np.ndarray:
+        """Which samples are mirrored (bool, one per key)."""
+        return uniform(keys, FLIP) < self._flip
 
 
 class CenterCrop:

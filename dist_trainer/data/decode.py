@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import torch
+import torchvision.transforms.v2.functional
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
@@ -33,3 +34,12 @@ def decode(data: bytes, channels: int) -> torch.Tensor:
     except Exception as error:  # Pillow's plugins raise whatever they meet
         raise ValueError(f"not a readable image ({error})") from None
     return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1)
+
+
+def decode_region(data: bytes, channels: int, box: tuple[int, int, int, int]) -> torch.Tensor:
+    left, top, width, height = box
+    return decode(data, channels)[:, top : top + height, left : left + width]
+
+
+def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return torchvision.transforms.v2.functional.resize(image, list(size), antialias=True)

@@ -143,8 +143,6 @@ class ShardIndex:
         """
         try:
             metadata, arrays = _map(path)
-            if metadata.get("format") != f"dist_trainer index {VERSION}":
-                raise UserError(f"{path}: not an index of version {VERSION}; {_ANEW}")
             index = cls(
                 # "." moves with the index: tars and their index may be copied together.
                 root=str(path.absolute().parent) if metadata["root"] == "." else metadata["root"],
@@ -192,6 +190,8 @@ def _map(path: Path) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:
             raise ValueError("its header is cut short")
         header = json.loads(file.read(length))
     metadata: dict[str, str] = header.pop("__metadata__", {})
+    if metadata.get("format") != f"dist_trainer index {VERSION}":
+        raise UserError(f"{path}: not an index of version {VERSION}; {_ANEW}")
     whole = np.memmap(path, np.uint8, "r")
     arrays: dict[str, npt.NDArray[Any]] = {}
     for name, entry in header.items():

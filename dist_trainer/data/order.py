@@ -56,7 +56,8 @@ class ClassOrder:
         which = permute(place, len(self._counts), hashes(round_, CLASSES, self._seed))
         cycle, place = np.divmod(round_, self._counts[which])
         place = permute(place, self._counts[which], hashes(hashes(cycle, CLASS, self._seed) ^ which.astype(np.uint64)))
-        return self._ids[self._begin[which] + place]
+        ids: Ids = self._ids[self._begin[which] + place]
+        return ids
 
 
 class EpochOrder:

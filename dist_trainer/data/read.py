@@ -23,7 +23,7 @@ from dist_trainer.data.cache import BlockCache, CacheConfig
 from dist_trainer.data.index import BAD, ShardIndex
 from dist_trainer.data.retry import RetryConfig, ShortRead, concurrently
 from dist_trainer.data.storage import Storage, is_remote
-from dist_trainer.errors import LocalError, UserError
+from dist_trainer.errors import LocalError
 
 Ids = npt.NDArray[np.int64]
 
@@ -131,6 +131,10 @@ class Reader:
         if self.is_cached:
             return self._read_cached(ids, shards, *columns)
         return self._read_local(ids.tolist(), shards, *columns)
+
+    def blocks_of(self, ids: Ids) -> list[int]:
+        """The blocks that hold `ids`, each once, in the order in which they are met."""
+        return list(dict.fromkeys(self._blocks.of(ids).tolist()))
 
     def prefetch(self, blocks: Iterable[int]) -> None:
         """Fetch `blocks` into the cache in the background, in this order.
@@ -299,20 +303,3 @@ class _Prefetcher:
                 self._fetch(block)
             with self._changed:
                 self._pending.discard(block)
-
-
-class TarReader:
-    """Reads samples of `index` from local tars, until stream.py reads by Reader."""
-
-    def __init__(self, index: ShardIndex) -> None:
-        self._index = index
-        self._reader = Reader(index, retry=RetryConfig(), cache=CacheConfig())
-
-    def read(self, ids: Ids) -> Iterable[bytes]:
-        """Raises UserError, naming shard and byte, for bytes that were not indexed."""
-        for sample, data in zip(ids.tolist(), self._reader.read(ids), strict=True):
-            if isinstance(data, Bad):
-                raise UserError(
-                    f"{self._index.describe(sample)}: {data.reason}; restore the tar, or delete its index to index anew"
-                )
-            yield data

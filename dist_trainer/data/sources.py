@@ -9,7 +9,9 @@ from typing import Any
 
 from dist_trainer.comm import cores
 from dist_trainer.data.build import ShardSet, build_index
+from dist_trainer.data.cache import local_copy
 from dist_trainer.data.classes import CLASSES, is_class_sorted, match_classes, read_classes
+from dist_trainer.data.config import DataConfig
 from dist_trainer.data.freshness import check_content, check_shards, is_current
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.labels import LabelRule
@@ -17,7 +19,16 @@ from dist_trainer.data.locate import INDEX_SUFFIX, Place, locate, rooted
 from dist_trainer.data.storage import Storage, is_remote
 from dist_trainer.errors import LocalError, UserError
 
-__all__ = ["describe", "find_index", "index_shards", "is_class_sorted", "match_classes", "open_index", "prepare_index"]
+__all__ = [
+    "describe",
+    "find_index",
+    "index_shards",
+    "is_class_sorted",
+    "local_index",
+    "match_classes",
+    "open_index",
+    "prepare_index",
+]
 
 
 def prepare_index(
@@ -49,6 +60,14 @@ def open_index(path: str) -> ShardIndex:
     if not Path(path).is_file():
         raise LocalError(f"{path}: not on this host; the index must lie where every host sees it, or be copied to each")
     return ShardIndex.load(Path(path), verify=False)
+
+
+def local_index(path: str, config: DataConfig) -> str:
+    """An index file on this node: copied here once where it is at a URL."""
+    if not is_remote(path):
+        return path
+    storage = Storage(config.storage_options, config.retry)
+    return str(local_copy(path, config.cache, storage))
 
 
 def find_index(location: str, *, options: Mapping[str, Any] | None = None, fallback: Path | None = None) -> ShardIndex:

@@ -7,196 +7,23 @@ their batches back in order, and after a restart the loop asks for the next addr
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dist_trainer.comm import STOP_SIGNALS, World, cores, die_with_parent
 from dist_trainer.data.augment import Augment, AugmentConfig, CenterCrop
-from dist_trainer.data.decode import decode
+from dist_trainer.data.batch import Batch, EvalAddress, SlotAddress
+from dist_trainer.data.config import DataConfig
 from dist_trainer.data.index import ShardIndex
-from dist_trainer.data.order import EpochOrder, OrderSpec
-from dist_trainer.data.read import TarReader
+from dist_trainer.data.order import ClassOrder, Kind, OrderSpec
+from dist_trainer.data.samples import EvalSamples, TrainSamples
+from dist_trainer.data.unindexed import StreamSpec, TarStream
 from dist_trainer.errors import LocalError, UserError
 from dist_trainer.plan import Plan
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is read, and how it is decoded."""
-
-    train: str
-    """Training tars: a folder, one tar, or a brace pattern."""
-    val: str
-    """Validation tars, likewise."""
-    workers: int | Literal["auto"] = "auto"
-    """Loader processes per rank. auto: the cores that this job really has, less one per rank that computes."""
-    order: Literal["window", "full", "none"] = "window"
-    """window mixes blocks of neighbouring samples, full permutes every sample, none keeps the tars' order."""
-    channels: Literal[1, 3] = 3
-    """Decode to grey (1) or RGB (3)."""
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    """Per channel, of pixels in [0, 1]."""
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    """Per channel, of pixels in [0, 1]."""
-
-
-@dataclass(frozen=True)
-class EvalAddress:
-    """Validation batch `number`: samples [number * size, (number + 1) * size); a ghost counts nothing."""
-
-    number: int
-    size: int
-    ghost: bool = False
-
-
-@dataclass(frozen=True)
-class SlotAddress:
-    """Slot `slot` of training step `step`; a ghost stands in for a slot that this rank does not own."""
-
-    step: int
-    slot: int
-    ghost: bool = False
-
-
-@dataclass
-class Batch:
-    """One micro-batch. `weight` is 0 where a place holds a substitute; `problem` says why a batch could not be made."""
-
-    images: torch.Tensor
-    """uint8 [m, C, H, W]"""
-    labels: torch.Tensor
-    """int64 [m]"""
-    weight: torch.Tensor
-    """float32 [m], 0 or 1"""
-    ids: torch.Tensor
-    """int64 [m], sample numbers in the index"""
-    address: SlotAddress | EvalAddress
-    problem: str | None = None
-
-    @property
-    def ghost(self) -> bool:
-        return self.address.ghost
-
-    def pin_memory(self) -> "Batch":
-        """DataLoader calls this on CUDA."""
-        return replace(
-            self,
-            images=self.images.pin_memory(),
-            labels=self.labels.pin_memory(),
-            weight=self.weight.pin_memory(),
-        )
-
-
-class _Samples(Dataset[Batch]):
-    """Batches by address. Files open in the process that reads; a fault becomes the batch's `problem`."""
-
-    def __init__(self, index: ShardIndex, channels: int) -> None:
-        self._index, self._channels = index, channels
-        self._reader: TarReader | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reader": None}
-
-    def _place(self, address: Any) -> tuple[np.ndarray, np.ndarray, int]:
-        """(sample ids, weights, epoch)"""
-        raise NotImplementedError
-
-    def _transform(self, image: torch.Tensor, epoch: int, sample: int) -> torch.Tensor:
-        raise NotImplementedError
-
-    def _finish(self, images: torch.Tensor, epoch: int, ids: np.ndarray) -> torch.Tensor:
-        return images
-
-    def __getitem__(self, address: Any) -> Batch:
-        ids, weight, epoch = self._place(address)
-        problem = None
-        try:
-            images = self._finish(self._load(ids, epoch), epoch, ids)
-        except UserError as error:
-            problem, images = str(error), torch.zeros(0, dtype=torch.uint8)
-        return Batch(
-            images=images,
-            labels=torch.from_numpy(self._index.samples["label"][ids].astype(np.int64)),
-            weight=torch.from_numpy(weight.astype(np.float32) * (not address.ghost)),
-            ids=torch.from_numpy(ids),
-            address=address,
-            problem=problem,
-        )
-
-    def _load(self, ids: np.ndarray, epoch: int) -> torch.Tensor:
-        if self._reader is None:
-            self._reader = TarReader(self._index)
-        images: torch.Tensor | None = None
-        for place, (sample, data) in enumerate(zip(ids.tolist(), self._reader.read(ids), strict=True)):
-            try:
-                image = self._transform(decode(data, self._channels), epoch, sample)
-            except Exception as error:  # a transform of the user's may raise anything
-                reason = f"{type(error).__name__}: {error}"
-                raise UserError(f"{self._index.describe(sample)}: {reason}") from None
-            if image.dtype != torch.uint8:
-                raise UserError(f"augment.transforms: gave {image.dtype} pixels; they must stay torch.uint8")
-            if images is None:
-                images = torch.empty((len(ids), *image.shape), dtype=torch.uint8)
-            if image.shape != images.shape[1:]:
-                raise UserError(
-                    f"{self._index.describe(sample)}: {tuple(image.shape)} pixels beside {tuple(images.shape[1:])} "
-                    "in one batch; set augment.crop and eval.crop, which give every image one size"
-                )
-            images[place] = image
-        assert images is not None
-        return images
-
-
-class TrainSamples(_Samples):
-    """Training slots of `plan` in the order of `spec`, augmented."""
-
-    def __init__(self, index: ShardIndex, plan: Plan, spec: OrderSpec, augment: Augment, channels: int) -> None:
-        super().__init__(index, channels)
-        self._plan, self._spec, self._augment = plan, spec, augment
-        self._order: tuple[int, EpochOrder] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_order": None}
-
-    def _place(self, address: SlotAddress) -> tuple[np.ndarray, np.ndarray, int]:
-        epoch, step = divmod(address.step, self._plan.steps_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, EpochOrder(self._index.counts, self._spec, epoch))
-        order = self._order[1]
-        start = step * self._plan.global_batch + address.slot * self._plan.micro_batch
-        stop = start + self._plan.micro_batch
-        real = order.ids(min(start, order.size), min(stop, order.size))
-        # The tail of an epoch is filled with the epoch's first samples at weight 0: batch-norm sees valid pixels.
-        filling = order.ids(max(start, order.size) - order.size, max(stop, order.size) - order.size)
-        return np.concatenate([real, filling]), np.arange(start, stop) < order.size, epoch
-
-    def _transform(self, image: torch.Tensor, epoch: int, sample: int) -> torch.Tensor:
-        return self._augment(image, epoch, sample)
-
-    def _finish(self, images: torch.Tensor, epoch: int, ids: np.ndarray) -> torch.Tensor:
-        mirrored = torch.from_numpy(self._augment.flips(epoch, ids))
-        images[mirrored] = images[mirrored].flip(-1)
-        return images
-
-
-class EvalSamples(_Samples):
-    """Every sample once, in index order, in batches whose content does not depend on the world."""
-
-    def __init__(self, index: ShardIndex, transform: CenterCrop, channels: int) -> None:
-        super().__init__(index, channels)
-        self._center_crop = transform
-
-    def _place(self, address: EvalAddress) -> tuple[np.ndarray, np.ndarray, int]:
-        place = np.arange(address.number * address.size, (address.number + 1) * address.size)
-        return place % len(self._index), place < len(self._index), 0
-
-    def _transform(self, image: torch.Tensor, epoch: int, sample: int) -> torch.Tensor:
-        return self._center_crop(image)
 
 
 def _init_worker(worker: int) -> None:
@@ -226,7 +53,9 @@ def _start_resource_tracker() -> None:
         signal.signal(signal.SIGUSR1, former)
 
 
-def _loader(samples: _Samples, addresses: Iterable[Any], workers: int, world: World) -> "DataLoader[Batch]":
+def _loader(
+    samples: Dataset[Batch], addresses: Iterable[Any] | None, workers: int, world: World
+) -> "DataLoader[Batch]":
     if workers:
         _start_resource_tracker()
     return DataLoader(
@@ -242,10 +71,44 @@ def _loader(samples: _Samples, addresses: Iterable[Any], workers: int, world: Wo
     )
 
 
+def _on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches on `device`. On an accelerator one is copied, on a stream of its own, while the one before is used.
+
+    Raises LocalError for a batch that could not be made.
+    """
+    if device.type == "cpu":
+        yield from map(_checked, batches)
+        return
+    side, ahead = torch.Stream(device), None
+    for batch in batches:
+        with side:
+            copied = _checked(batch).to(device)
+            done = side.record_event()
+        if ahead is not None:
+            yield _arrived(*ahead)
+        ahead = copied, done
+    if ahead is not None:
+        yield _arrived(*ahead)
+
+
+def _arrived(batch: Batch, done: torch.Event) -> Batch:
+    """The stream that computes waits for the copy, and its memory is not given away before the stream is through."""
+    current = torch.accelerator.current_stream(batch.images.device)
+    current.wait_event(done)
+    for tensor in (batch.images, batch.labels, batch.weight):
+        tensor.record_stream(current)
+    return batch
+
+
 def _checked(batch: Batch) -> Batch:
     if batch.problem:
         raise LocalError(batch.problem)
     return batch
+
+
+def order_samples(index: ShardIndex, kind: Kind, seed: int) -> int:
+    """Samples in one epoch of an order: all, or as many as are a multiple of the classes when they are balanced."""
+    return ClassOrder(index.samples["label"], seed).size if kind == "balanced" else len(index)
 
 
 @dataclass(frozen=True)
@@ -268,12 +131,25 @@ class TrainStream:
     """This rank's training batches, step by step, from any step on."""
 
     def __init__(
-        self, index: ShardIndex, plan: Plan, config: DataConfig, augment: AugmentConfig, seed: int, world: World
+        self,
+        index: ShardIndex,
+        plan: Plan,
+        config: DataConfig,
+        augment: AugmentConfig,
+        kind: Kind,
+        seed: int,
+        world: World,
     ) -> None:
-        self.spec = OrderSpec(seed=seed, lanes=plan.global_batch // plan.chunk, chunk=plan.chunk, kind=config.order)
         self._plan, self._world = plan, world
-        self._samples = TrainSamples(index, plan, self.spec, Augment(augment, seed), config.channels)
         self._workers = num_workers(config, world)
+        self.spec: OrderSpec | StreamSpec
+        self._samples: TrainSamples | TarStream
+        if config.source == "stream":
+            self.spec = StreamSpec(seed)
+            self._samples = TarStream(config, Augment(augment, seed), plan.micro_batch, seed, world.rank, world.size)
+        else:
+            self.spec = OrderSpec(seed=seed, lanes=plan.samples_per_step // plan.chunk, chunk=plan.chunk, kind=kind)
+            self._samples = TrainSamples(index, plan, self.spec, Augment(augment, seed), config)
 
     def steps(self, start: int) -> Iterator[tuple[int, Iterator[Batch]]]:
         """(step, its batches) for every step from `start`; use up the batches before asking for the next step.
@@ -282,9 +158,13 @@ class TrainStream:
         data that cannot be read.
         """
         addresses = _TrainAddresses(self._plan, self._world.rank, start)
-        batches = iter(_loader(self._samples, addresses, self._workers, self._world))
+        if isinstance(self._samples, TarStream):
+            loader = _loader(self._samples.serve(addresses), None, self._workers, self._world)
+        else:
+            loader = _loader(self._samples, addresses, self._workers, self._world)
+        batches = _on_device(loader, self._world.device)
         for step in range(start, self._plan.total_steps):
-            yield step, (_checked(next(batches)) for _ in range(self._plan.forwards))
+            yield step, (next(batches) for _ in range(self._plan.forwards))
 
 
 @dataclass(frozen=True)
@@ -306,11 +186,15 @@ class EvalStream:
     """This rank's share of the validation set; iterate it once per evaluation. Loader workers stay alive between."""
 
     def __init__(self, index: ShardIndex, config: DataConfig, transform: CenterCrop, batch: int, world: World) -> None:
-        self.num_samples = len(index)
+        self.index, self.num_samples = index, len(index)
         addresses = _EvalAddresses(-(-len(index) // batch), batch, world)
-        samples = EvalSamples(index, transform, config.channels)
+        samples = EvalSamples(index, config, transform)
+        self._device = world.device
         self._loader = _loader(samples, addresses, num_workers(config, world), world)
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises LocalError for data that cannot be read."""
-        return (_checked(batch) for batch in self._loader)
+        for batch in _on_device(self._loader, self._device):
+            if batch.outage:
+                raise LocalError(batch.outage)
+            yield batch

@@ -6,6 +6,7 @@ A job is {"name", "argv"} and may have: "stop_at" and "stop_rank" (that rank ask
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def main() -> None:
         stop = comm.StopRequest()
         if "eval" in job:
             result = evaluate_weights(config, Path(job["eval"]), world, Terminal(active=False))
-            (folder / f"{job['name']}.json").write_text(json.dumps(vars(result)))
+            (folder / f"{job['name']}.json").write_text(json.dumps(asdict(result)))
             continue
         run = start_run(config, "job", world, Terminal(active=world.is_main), stop)
         assert isinstance(run, Run), f"{job['name']} is complete already"

@@ -1,0 +1,60 @@
+"""What the data room is asked for in a config."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dist_trainer.data.cache import CacheConfig
+from dist_trainer.data.retry import RetryConfig
+from dist_trainer.data.storage import refuse_secrets
+from dist_trainer.errors import UserError
+from dist_trainer.plan import Tail
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, in which order, and how it is decoded."""
+
+    train: str
+    """Training images: a folder of tars or of class folders, one tar, a brace pattern, an index file; paths or URLs."""
+    val: str
+    """Validation images, likewise."""
+    source: Literal["index", "stream"] = "index"
+    """index: every sample exactly once, in one order on any world. stream: training tars (image and .cls) are read from
+    end to end by webdataset; then nothing of that is promised, and data.num_samples must say how many there are."""
+    num_samples: int | None = None
+    """Training samples, where source is stream."""
+    workers: int | Literal["auto"] = "auto"
+    """Loader processes per rank. auto: the cores that this job really has, less one per rank that computes."""
+    order: Literal["auto", "window", "full", "balanced", "none"] = "auto"
+    """window mixes blocks of neighbouring samples, full permutes every sample, balanced shows the classes equally
+    often, none keeps the tars' order. auto: full where the tars are sorted by class, otherwise window."""
+    tail: Tail = "mask"
+    """What fills the last batch of an epoch: samples that do not count, the next epoch's first, or no such batch."""
+    stages: list[str] = field(default_factory=list)
+    """Your own per-sample stages, package.module:function, each from a dict to a dict, run as webdataset stages."""
+    channels: Literal[1, 3] = 3
+    """Decode to grey (1) or RGB (3)."""
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    """Per channel, of pixels in [0, 1]."""
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    """Per channel, of pixels in [0, 1]."""
+    max_bad: int | Literal["auto"] = "auto"
+    """Stop when more different samples than this turned out bad. auto: one in 10,000, at least 10."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    retry: RetryConfig = field(default_factory=RetryConfig)
+    storage_options: dict[str, Any] = field(default_factory=dict)
+    """For fsspec, such as {endpoint_url: ...}. No secrets: they belong into the environment or ~/.aws and the like."""
+
+    def check(self) -> None:
+        """Raises UserError for values that cannot be."""
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != self.channels:
+                raise UserError(f"data.{name}: {values} has {len(values)} values for data.channels: {self.channels}")
+        if self.max_bad != "auto" and self.max_bad < 0:
+            raise UserError(f"data.max_bad: {self.max_bad} is negative; 0 stops at the first bad sample")
+        if self.source == "stream" and not self.num_samples:
+            raise UserError("data.num_samples: is required with data.source: stream, which has no index to count them")
+        self.cache.check("data.cache")
+        self.retry.check("data.retry")
+        refuse_secrets("data.storage_options", self.storage_options)

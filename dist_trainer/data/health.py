@@ -1,0 +1,100 @@
+"""Bad samples: counted once each over all ranks, listed, and one budget that stops every rank at the same step."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_trainer.data.index import BAD, ShardIndex
+from dist_trainer.data.read import Bad
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that cannot be used; `kind` is crc (other bytes than indexed), decode or label."""
+
+    sample: int
+    kind: str
+    shard: str
+    reason: str
+
+    @classmethod
+    def of(cls, index: ShardIndex, sample: int, bad: Bad) -> "BadSample":
+        return cls(sample, bad.kind, index.describe(sample).partition(",")[0], bad.reason)
+
+
+def budget(max_bad: int | str, num_samples: int) -> int:
+    """How many different bad samples a run bears: max(10, N / 10,000) unless the config says."""
+    return max(10, num_samples // 10_000) if max_bad == "auto" else int(max_bad)
+
+
+class Health:
+    """What one run has met. All ranks hold the same state, since all `learn` the same lists at the same steps."""
+
+    def __init__(self, index: ShardIndex, max_bad: int | str, split: str) -> None:
+        self.limit = budget(max_bad, len(index))
+        self.outage: str | None = None
+        """What a rank said of storage that stays away, once all ranks know it."""
+        self._index, self._split = index, split
+        self._known: dict[int, BadSample] = {}
+        # Accepted when the index was made, so they are not held against the budget.
+        self._accepted = {problem.sample for problem in index.problems}
+
+    @property
+    def num_bad(self) -> int:
+        """Different bad samples met so far."""
+        return len(self._known)
+
+    def learn(self, samples: Iterable[BadSample]) -> list[BadSample]:
+        """Take in what the ranks met; returns what is new, in the order of sample numbers."""
+        found = {bad.sample: bad for bad in samples if bad.sample not in self._known}
+        new = [found[sample] for sample in sorted(found)]
+        self._known |= {bad.sample: bad for bad in new}
+        return new
+
+    def write(self, path: Path, samples: Iterable[BadSample]) -> None:
+        """Append to bad_samples.jsonl: one line each, with class and place; none twice, also after a resume."""
+        lines = path.read_text().splitlines() if path.exists() else []
+        listed = {(line["split"], line["sample"]) for line in map(json.loads, lines)}
+        with path.open("a") as file:
+            for bad in samples:
+                if (self._split, bad.sample) in listed:
+                    continue
+                label = int(self._index.samples["label"][bad.sample])
+                row = self._index.samples[bad.sample]
+                line = {
+                    "split": self._split,
+                    **asdict(bad),
+                    "offset": int(row["offset"]),
+                    "class": self._index.class_names[label] if label != BAD else None,
+                }
+                file.write(json.dumps(line) + "\n")
+
+    @property
+    def over_budget(self) -> str | None:
+        """One line that says which shards and what to run, when there are more bad samples than the budget allows."""
+        counted = [bad for sample, bad in self._known.items() if sample not in self._accepted]
+        if len(counted) <= self.limit:
+            return None
+        return (
+            f"{len(counted)} bad samples, over the budget of {self.limit} (data.max_bad): {self.summary(counted)}. "
+            f"Run: dist-trainer shards check {self._index.path or self._index.root}"
+        )
+
+    @staticmethod
+    def summary(samples: Iterable[BadSample]) -> str:
+        """`3 crc, 1 decode; train/000001.tar (3), ...`: kinds, and the shards that have most."""
+        samples = list(samples)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(bad.kind for bad in samples).most_common())
+        shards = Counter(bad.shard for bad in samples).most_common()
+        named = ", ".join(f"{shard} ({count})" for shard, count in shards[:3])
+        return f"{kinds}; {named}" + (f" and {len(shards) - 3} more shards" if len(shards) > 3 else "")
+
+    def state(self) -> list[dict[str, Any]]:
+        """For a checkpoint."""
+        return [asdict(bad) for bad in self._known.values()]
+
+    def load(self, state: Iterable[dict[str, Any]]) -> None:
+        self.learn(BadSample(**bad) for bad in state)

@@ -1,0 +1,247 @@
+"""Addresses to batches: read, decode, crop, transform; a pure function of the address, in whichever process it runs."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from dist_trainer.data.augment import Augment, Box, CenterCrop, crop_boxes
+from dist_trainer.data.batch import Batch, EvalAddress, SlotAddress
+from dist_trainer.data.config import DataConfig
+from dist_trainer.data.decode import decode, decode_region, resize
+from dist_trainer.data.health import BadSample
+from dist_trainer.data.index import ShardIndex
+from dist_trainer.data.order import ClassOrder, EpochOrder, OrderSpec
+from dist_trainer.data.read import Bad, Reader
+from dist_trainer.data.stages import Sample, Stages
+from dist_trainer.errors import Outage, UserError
+from dist_trainer.keyed import STAGE, UInt64, hashes
+from dist_trainer.plan import Plan
+
+Encoded = bytes | torch.Tensor | Bad
+"""An encoded image, pixels that a stage has put there (uint8 [C, H, W]), or a sample that cannot be used."""
+
+
+class _Samples(Dataset[Batch]):
+    """Batches by address. A bad sample keeps its place at weight 0, with the pixels and label of one that is not."""
+
+    def __init__(self, index: ShardIndex, config: DataConfig, split: str, *, whole_blocks: bool = True) -> None:
+        self._index, self._channels, self._split = index, config.channels, split
+        self._stages = Stages(config.stages)
+        self._reader = Reader(
+            index, options=config.storage_options, retry=config.retry, cache=config.cache, whole_blocks=whole_blocks
+        )
+        self._shape: tuple[int, ...] | None = None
+
+    def _place(self, address: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(sample ids int64 [m], whether each counts bool [m], keys uint64 [m])"""
+        raise NotImplementedError
+
+    def _images(self, ids: np.ndarray, data: list[Encoded], keys: UInt64) -> list[torch.Tensor | Bad]:
+        """uint8 [C, H, W] each."""
+        raise NotImplementedError
+
+    def _finish(self, images: torch.Tensor, keys: UInt64) -> torch.Tensor:
+        return images
+
+    def __getitem__(self, address: Any) -> Batch:
+        ids, counts, keys = self._place(address)
+        labels = self._index.samples["label"][ids].astype(np.int64)
+        weight = counts.astype(np.float32) * (not address.ghost)
+        batch = Batch(
+            images=torch.zeros(0, dtype=torch.uint8),
+            labels=torch.from_numpy(labels),
+            weight=torch.from_numpy(weight),
+            ids=torch.from_numpy(ids),
+            address=address,
+        )
+        try:
+            data: list[Encoded] = [*self._reader.read(ids)]
+            if self._stages:
+                data = self._staged(ids, data, keys, labels)
+            rows = self._images(ids, data, keys)
+            self._substitute(batch, rows)
+            batch.num_valid = int(batch.weight.sum())
+            batch.images = self._finish(self._stack(ids, rows), keys)
+        except Outage as error:
+            if self._shape is None:  # nothing was ever read: there is no run to save
+                batch.problem = str(error)
+            else:
+                batch.outage = str(error)
+                batch.weight.fill_(torch.nan)
+                batch.images = torch.zeros((len(ids), *self._shape), dtype=torch.uint8)
+        except UserError as error:
+            batch.problem = str(error)
+        self._look_ahead(address)
+        return batch
+
+    def _look_ahead(self, address: Any) -> None:
+        """Have fetched what will be needed."""
+
+    def _staged(self, ids: np.ndarray, data: list[Encoded], keys: UInt64, labels: np.ndarray) -> list[Encoded]:
+        """`data` behind the user's stages, which see no bad samples; sets `labels` (int64 [m]) to what they say."""
+        good = [place for place, each in enumerate(data) if not isinstance(each, Bad)]
+        samples: list[Sample] = [
+            {"__key__": int(ids[p]), "__split__": self._split, "image": data[p], "cls": int(labels[p])} for p in good
+        ]
+        data = list(data)
+        for place, sample in zip(good, self._stages(samples, keys[good]), strict=True):
+            image, labels[place] = sample["image"], sample["cls"]
+            if isinstance(image, bytes) and image is not data[place]:
+                image = self._decode(image)  # the index knows the size of the original alone
+            data[place] = torch.as_tensor(image) if isinstance(image, np.ndarray) else image
+        return data
+
+    def _decode(self, data: Encoded, box: Box | None = None) -> torch.Tensor | Bad:
+        """uint8 [C, H, W], or of the box alone."""
+        if isinstance(data, Bad):
+            return data
+        if isinstance(data, torch.Tensor):
+            return data if box is None else data[:, box[1] : box[1] + box[3], box[0] : box[0] + box[2]]
+        try:
+            return decode(data, self._channels) if box is None else decode_region(data, self._channels, box)
+        except ValueError as error:
+            return Bad("decode", str(error))
+
+    def _substitute(self, batch: Batch, rows: list[torch.Tensor | Bad]) -> None:
+        """Bad samples lose their weight and take pixels and label of the nearest good one before, in a circle."""
+        good = [place for place, row in enumerate(rows) if not isinstance(row, Bad)]
+        if len(good) == len(rows):
+            return
+        labels, weight = batch.labels.numpy(), batch.weight.numpy()  # views
+        for place, row in enumerate(rows):
+            if isinstance(row, Bad):
+                sample = int(batch.ids[place])
+                if weight[place]:  # else it only fills, and counts where it stands for itself
+                    batch.bad.append(BadSample.of(self._index, sample, row))
+                weight[place] = 0.0
+        for place, row in enumerate(rows):
+            if isinstance(row, Bad):
+                if not good:
+                    labels[place] = 0
+                    continue
+                other = max((p for p in good if p < place), default=good[-1])
+                rows[place], labels[place] = rows[other], labels[other]
+
+    def _stack(self, ids: np.ndarray, rows: list[torch.Tensor | Bad]) -> torch.Tensor:
+        images: torch.Tensor | None = None
+        for place, row in enumerate(rows):
+            if isinstance(row, Bad):  # then all are
+                if self._shape is None:
+                    raise UserError(f"{self._index.describe(int(ids[0]))}: {row.reason}, like the whole first batch")
+                return torch.zeros((len(ids), *self._shape), dtype=torch.uint8)
+            if images is None:
+                images = _allocate((len(ids), *row.shape))
+            if row.shape != images.shape[1:]:
+                raise UserError(
+                    f"{self._index.describe(int(ids[place]))}: {tuple(row.shape)} pixels beside "
+                    f"{tuple(images.shape[1:])} in one batch; set augment.crop and eval.crop, which give every image "
+                    "one size"
+                )
+            images[place] = row
+        assert images is not None
+        self._shape = tuple(images.shape[1:])
+        return images
+
+
+def _allocate(shape: tuple[int, ...]) -> torch.Tensor:
+    """uint8; in a loader process in shared memory, where the batch has to go anyway."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(int(np.prod(shape)))  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload,no-any-return]
+
+
+class TrainSamples(_Samples):
+    """Training slots of `plan` in the order of `spec`, augmented."""
+
+    def __init__(self, index: ShardIndex, plan: Plan, spec: OrderSpec, augment: Augment, config: DataConfig) -> None:
+        size = int(index.sizes.sum())
+        local = spec.kind in ("window", "none") or size <= config.cache.size_bytes
+        super().__init__(index, config, "train", whole_blocks=local)
+        self._plan, self._spec, self._augment = plan, spec, augment
+        self._orders: dict[int, EpochOrder] = {}
+        self._classes: ClassOrder | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_orders": {}, "_classes": None}
+
+    def _ids(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        if self._spec.kind == "balanced":
+            self._classes = self._classes or ClassOrder(self._index.samples["label"], self._spec.seed)
+            return self._classes.ids(epoch, start, stop)
+        if epoch not in self._orders:  # two at most: the one that runs out and the one that is looked ahead to
+            self._orders = {each: order for each, order in self._orders.items() if each == epoch - 1}
+            self._orders[epoch] = EpochOrder(self._index.counts, self._spec, epoch)
+        return self._orders[epoch].ids(start, stop)
+
+    def _place(self, address: SlotAddress) -> tuple[np.ndarray, np.ndarray, UInt64]:
+        spans = self._plan.spans(address.step, address.slot)
+        ids = np.concatenate([self._ids(span.epoch, span.start, span.stop) for span in spans])
+        lengths = [span.stop - span.start for span in spans]
+        counts = np.repeat([span.counts for span in spans], lengths)
+        epochs = np.repeat(np.array([span.epoch for span in spans]), lengths)
+        return ids, counts, self._augment.keys(epochs, ids, self._plan.copy_of(address.slot))
+
+    def _look_ahead(self, address: SlotAddress) -> None:
+        """With the blocks of the same slot one window later, since a slot stays on its lanes."""
+        if self._reader.is_cached and self._spec.kind == "window" and not address.ghost:
+            step = address.step + self._spec.window // self._spec.chunk
+            if step < self._plan.total_steps:
+                spans = self._plan.spans(step, address.slot)
+                ids = np.concatenate([self._ids(span.epoch, span.start, span.stop) for span in spans])
+                self._reader.prefetch(self._reader.blocks_of(ids))
+
+    def _images(self, ids: np.ndarray, data: list[Encoded], keys: UInt64) -> list[torch.Tensor | Bad]:
+        crop = self._augment.crop
+        boxes: list[Any] = [None] * len(ids)
+        if crop is not None:
+            rows = self._index.samples[ids]
+            widths, heights = (np.maximum(rows[name].astype(np.int64), 1) for name in ("width", "height"))
+            for place, each in enumerate(data):
+                if isinstance(each, torch.Tensor):
+                    heights[place], widths[place] = each.shape[1:]
+            boxes = crop_boxes(crop, widths, heights, keys).tolist()
+        return [
+            self._image(sample, each, box, key)
+            for sample, each, box, key in zip(ids.tolist(), data, boxes, keys.tolist(), strict=True)
+        ]
+
+    def _image(self, sample: int, data: Encoded, box: Box | None, key: int) -> torch.Tensor | Bad:
+        image = self._decode(data, box)
+        if isinstance(image, Bad):
+            return image
+        if self._augment.crop is not None:
+            image = resize(image, (self._augment.crop.size, self._augment.crop.size))
+        try:
+            image = self._augment.transform(image, key)
+        except Exception as error:  # a transform of the user's may raise anything
+            raise UserError(
+                f"augment.transforms: {self._index.describe(sample)}: {type(error).__name__}: {error}"
+            ) from None
+        if image.dtype != torch.uint8:
+            raise UserError(f"augment.transforms: gave {image.dtype} pixels; they must stay torch.uint8")
+        return image
+
+    def _finish(self, images: torch.Tensor, keys: UInt64) -> torch.Tensor:
+        mirrored = torch.from_numpy(self._augment.flips(keys))
+        images[mirrored] = images[mirrored].flip(-1)
+        return images
+
+
+class EvalSamples(_Samples):
+    """Every sample once, in index order, in batches whose content does not depend on the world."""
+
+    def __init__(self, index: ShardIndex, config: DataConfig, transform: CenterCrop) -> None:
+        super().__init__(index, config, "val")
+        self._center_crop = transform
+
+    def _place(self, address: EvalAddress) -> tuple[np.ndarray, np.ndarray, UInt64]:
+        place = np.arange(address.number * address.size, (address.number + 1) * address.size)
+        ids = place % len(self._index)
+        return ids, place < len(self._index), hashes(ids, STAGE)
+
+    def _images(self, ids: np.ndarray, data: list[Encoded], keys: UInt64) -> list[torch.Tensor | Bad]:
+        images = [self._decode(each) for each in data]
+        return [image if isinstance(image, Bad) else self._center_crop(image) for image in images]

@@ -1,0 +1,123 @@
+"""Training tars without an index, read from end to end by webdataset: convenient, and nothing more is promised."""
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from dist_trainer.data.augment import Augment, crop_boxes
+from dist_trainer.data.batch import Batch, SlotAddress
+from dist_trainer.data.config import DataConfig
+from dist_trainer.data.decode import decode, resize
+from dist_trainer.data.storage import Storage
+from dist_trainer.errors import UserError
+from dist_trainer.keyed import STREAM, hashes, key, permutation
+
+SAID = (
+    "data.source: stream: not guaranteed are: each sample once an epoch, the same order on another world or after a "
+    "restart, equal shares of the shards, and that damaged tars or images are noticed"
+)
+_SHUFFLE = 1000  # samples in webdataset's buffer, per reader
+_IMAGES = ("jpg", "jpeg", "png", "webp")
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """What such a run's order depends on. Part of a checkpoint."""
+
+    seed: int
+    kind: str = "stream"
+
+
+class TarStream(IterableDataset[Batch]):
+    """Batches for addresses, of whatever samples come next. Each reader has shards of its own where they suffice."""
+
+    def __init__(self, config: DataConfig, augment: Augment, plan_batch: int, seed: int, rank: int, world: int) -> None:
+        """Raises UserError for a location that names nothing."""
+        self._config, self._augment, self._batch, self._seed = config, augment, plan_batch, seed
+        self._rank, self._world = rank, world
+        self._urls = expand_urls(config.train)
+        self._addresses: Iterable[SlotAddress] = ()
+        if not self._urls:
+            raise UserError(f"data.train: {config.train!r} names no tars")
+
+    def serve(self, addresses: Iterable[SlotAddress]) -> "TarStream":
+        """Set what the next iteration serves."""
+        self._addresses = addresses
+        return self
+
+    def _shards(self, reader: int, readers: int, start: int) -> Iterator[dict[str, Any]]:
+        """Opened tars without end; each pass in another order, which also depends on where the run goes on."""
+        storage = Storage(self._config.storage_options, self._config.retry)
+        number = 0
+        while True:
+            order = permutation(len(self._urls), STREAM, self._seed, start, number).tolist()
+            mine = order[reader::readers] if len(order) >= readers else order
+            for shard in mine:
+                yield {"url": self._urls[shard], "stream": storage.open(self._urls[shard])}
+            number += 1
+
+    def _samples(self, reader: int, readers: int, start: int) -> Iterator[tuple[torch.Tensor, int]]:
+        """(uint8 [C, H, W], class) of every sample that decodes."""
+        shuffled = webdataset.shuffle(
+            _SHUFFLE, initial=_SHUFFLE // 4, rng=random.Random(key(STREAM, self._seed, start, reader))
+        )
+        tars = tar_file_expander(self._shards(reader, readers, start), webdataset.reraise_exception)
+        for sample in shuffled(group_by_keys(tars)):
+            data = next((sample[suffix] for suffix in _IMAGES if suffix in sample), None)
+            if data is None or "cls" not in sample:
+                raise UserError(
+                    f"data.train: sample {sample.get('__key__')!r} of {sample.get('__url__')} has no image "
+                    f"({', '.join(_IMAGES)}) or no .cls"
+                )
+            try:
+                yield decode(data, self._config.channels), int(sample["cls"])
+            except ValueError:
+                continue
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        workers, me = (worker.num_workers, worker.id) if worker else (1, 0)
+        addresses = list(self._addresses)
+        if not addresses:
+            return
+        samples = self._samples(self._rank * workers + me, self._world * workers, addresses[0].step)
+        for address in addresses[me::workers]:
+            try:
+                yield self._next(samples, address)
+            except UserError as error:
+                empty = torch.zeros(0)
+                yield Batch(empty, empty, empty, empty, address, problem=str(error))
+
+    def _next(self, samples: Iterator[tuple[torch.Tensor, int]], address: SlotAddress) -> Batch:
+        images, labels = zip(*(next(samples) for _ in range(self._batch)), strict=True)
+        keys = hashes(np.arange(self._batch), STREAM, self._seed, address.step, address.slot)
+        crop = self._augment.crop
+        if crop is not None:
+            sizes = np.array([image.shape[1:] for image in images])
+            boxes = crop_boxes(crop, sizes[:, 1], sizes[:, 0], keys).tolist()
+            images = tuple(
+                resize(image[:, top : top + height, left : left + width], (crop.size, crop.size))
+                for image, (left, top, width, height) in zip(images, boxes, strict=True)
+            )
+        rows = [self._augment.transform(image, seed) for image, seed in zip(images, keys.tolist(), strict=True)]
+        if len({row.shape for row in rows}) > 1:
+            raise UserError("data.train: images of several sizes in one batch; set augment.crop")
+        batch = torch.stack(rows)
+        mirrored = torch.from_numpy(self._augment.flips(keys))
+        batch[mirrored] = batch[mirrored].flip(-1)
+        return Batch(
+            images=batch,
+            labels=torch.tensor(labels),
+            weight=torch.full((self._batch,), 0.0 if address.ghost else 1.0),
+            ids=torch.full((self._batch,), -1),
+            address=address,
+            num_valid=0 if address.ghost else self._batch,
+        )
