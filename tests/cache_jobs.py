@@ -11,6 +11,7 @@ from typing import Any
 import faulty_fs  # noqa: F401  # its protocol is needed in each process
 import numpy as np
 
+from dist_trainer.data import cache
 from dist_trainer.data.cache import CacheConfig, local_copy
 from dist_trainer.data.read import Reader
 from dist_trainer.data.storage import Storage
@@ -75,6 +76,7 @@ def churn(reader: Reader, seed: int, seconds: float, truth: list[bytes]) -> int:
 
 def read_without_room(reader: Reader, ids: list[int], most: int) -> list[Any]:
     """As `read`, in a process that may write files of `most` bytes only."""
+    cache._PAUSE_WHEN_FULL = 0.0  # so that every block is tried
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     return [data for start in range(0, len(ids), 8) for data in read(reader, ids[start : start + 8])]
 
@@ -101,5 +103,5 @@ def prefetch_and_end(reader: Reader, blocks: list[int]) -> str:
     return "done"
 
 
-def copy(location: str, cache: CacheConfig, options: dict[str, Any]) -> str:
-    return str(local_copy(location, cache, Storage(options)))
+def copy(location: str, config: CacheConfig, options: dict[str, Any]) -> str:
+    return str(local_copy(location, config, Storage(options)))

@@ -14,10 +14,11 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "made-up", "AWS_SECRET_ACCESS_KEY": "made-up
 
 
 class S3Server:
-    """`gets` is a list of (path, range) of all GET requests for objects."""
+    """`gets` is a list of (path, range) of all ranged requests; the next `faults` of them are answered by 503."""
 
     def __init__(self) -> None:
         self.gets: list[tuple[str, str]] = []
+        self.faults = 0
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._count, threaded=True)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -26,6 +27,10 @@ class S3Server:
     def _count(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["REQUEST_METHOD"] == "GET" and "HTTP_RANGE" in environ:
             self.gets.append((environ["PATH_INFO"], environ["HTTP_RANGE"]))
+            if self.faults:
+                self.faults -= 1
+                start_response("503 Slow Down", [("Content-Type", "application/xml")])
+                return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate</Message></Error>"]
         answer: Iterable[bytes] = self._app(environ, start_response)
         return answer
 

@@ -113,7 +113,8 @@ def test_sets_whose_tars_have_the_same_names_stay_apart(node: Node, tmp_path: Pa
         readers.append(node.reader(index_of(write_tar(tmp_path / name / "000000.tar", sample_members(20)[2 * skip :]))))
     train, val = (reader.read(np.arange(16)) for reader in readers)
     assert train[2:] == val[:-2]
-    assert val == readers[1].read(np.arange(16))
+    assert [reader.read(np.arange(16)) for reader in readers] == [train, val]
+    assert len(node.requests) == len(node.blocks()) == 2
 
 
 def test_single_samples_are_fetched_where_whole_blocks_would_be_waste(
@@ -172,6 +173,7 @@ def test_a_damaged_block_is_read_past_and_replaced(index: ShardIndex, truth: lis
     Fails when a cached block is believed, or a damaged one kept.
     """
     node.reader(index).read(np.arange(203))
+    sizes = [path.stat().st_size for path in node.blocks()]
     flipped, cut, foreign, longer = node.blocks()[:4]
     flipped.write_bytes(bytes(byte ^ 1 for byte in flipped.read_bytes()))
     cut.write_bytes(cut.read_bytes()[:700])
@@ -183,6 +185,7 @@ def test_a_damaged_block_is_read_past_and_replaced(index: ShardIndex, truth: lis
     last = node.reader(index)
     assert last.read(np.arange(203)) == truth
     assert last.bytes_fetched == 0
+    assert [path.stat().st_size for path in node.blocks()] == sizes
 
 
 @pytest.mark.parametrize("way", ["local", "cached", "single"])

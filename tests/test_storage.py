@@ -79,11 +79,11 @@ def test_a_stamp_changes_with_the_file(folder: Path, s3: S3Server) -> None:
 
 @pytest.mark.parametrize("steps", [[100_000], [1] * 50, [999, 1001, 3, 7000], [2500] * 4])
 def test_an_open_file_reads_as_one_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
-    """From one end to the other and after seeks, in chunks of 1,000 bytes, each of which fails once.
+    """From one end to the other and after seeks, in chunks of 900 bytes, six of which fail once.
 
     Fails when a chunk's place is off, or when the last chunk is asked for whole.
     """
-    monkeypatch.setattr(storage, "CHUNK", 1000)
+    monkeypatch.setattr(storage, "CHUNK", 900)
     truth = io.BytesIO((folder / "a.bin").read_bytes())
     store = Storage({"faults": ["reset", "short"] * 3}, QUICK)
     with store.open(f"faulty://{folder}/a.bin") as file:

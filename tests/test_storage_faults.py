@@ -119,6 +119,16 @@ def test_what_asking_again_cannot_mend_is_asked_once(folder: Path, tmp_path: Pat
         Storage({**s3.options, "profile": "no-such-profile"}, patient).stat("s3://once/a.bin")
 
 
+def test_s3_is_asked_again_by_us_alone(folder: Path, s3: S3Server) -> None:
+    """Three times 503 are three counted retries and four requests. Fails when s3fs or botocore retry beneath."""
+    s3.upload("slow", folder / "a.bin")
+    s3.faults = 3
+    store = Storage(s3.options, QUICK)
+    assert store.read("s3://slow/a.bin", 10, 100) == (folder / "a.bin").read_bytes()[10:110]
+    assert store.retries == 3
+    assert len(s3.gets) == 4
+
+
 def test_pauses_grow_and_are_drawn_and_the_deadline_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock of the test's: pause n is uniform in [0, min(longest, first * 2**n)], and the sum stays in bounds.
 
@@ -136,7 +146,7 @@ def test_pauses_grow_and_are_drawn_and_the_deadline_is_kept(monkeypatch: pytest.
         monkeypatch.setattr(retry, "time", fake)
 
         def attempt(timeout: float, clock: Any = clock) -> None:
-            assert timeout <= 30
+            assert 0 < timeout <= 30
             assert clock.now + timeout <= 300
             clock.now += min(1.0, timeout)
             raise ConnectionResetError("again")
