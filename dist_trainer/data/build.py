@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from dist_trainer.data.scan import scan_shard
 from dist_trainer.data.storage import Stat, Storage, is_remote
 from dist_trainer.errors import Outage, UserError
 
-_FEW_BYTES, _FEW_FILES = 2**27, 2000  # read sooner than processes start
+_FEW_BYTES, _FEW_FILES = 2**31, 20_000  # read sooner than processes start
 _AT_ONCE = 32  # requests for sizes under way
 
 
@@ -179,9 +179,10 @@ def _scan_all(
     weight = sum(sizes[number] for number in todo)
     few = _FEW_FILES if shards.is_folder else _FEW_BYTES
     work = partial(_run, options=options)
-    with progress("indexing", weight, in_bytes=not shards.is_folder, say=say) as advance:
+    results = in_processes(work, [tasks[number] for number in todo], num_processes if weight >= few else 1)
+    with closing(results), progress("indexing", weight, in_bytes=not shards.is_folder, say=say) as advance:
         try:
-            for number, scan in in_processes(work, [tasks[n] for n in todo], num_processes if weight >= few else 1):
+            for number, scan in results:
                 scans[todo[number]] = scan
                 if len(scan.problems) > max(allow_bad, 1) and (scan.samples["label"] == BAD).all():
                     # A wrong --label is not worth the reading of all shards.

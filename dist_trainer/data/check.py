@@ -4,7 +4,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -17,7 +17,7 @@ from dist_trainer.data.tar import BLOCK
 from dist_trainer.errors import UserError
 
 Level = Literal["headers", "crc", "decode"]
-_FEW_SAMPLES = 2000  # checked sooner than processes start
+_FEW = {"headers": 100_000, "crc": 20_000, "decode": 1000}  # samples that are checked sooner than processes start
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,10 @@ def check_index(
     """
     counts = index.counts.tolist()
     found: dict[int, list[BadSample]] = {}
-    processes = num_processes if len(index) >= _FEW_SAMPLES else 1
-    with progress(f"checking {level}", len(index), in_bytes=False, say=say) as advance:
-        for shard, bad in in_processes(_Work(index, level, options), range(len(index.shards)), processes):
+    processes = num_processes if len(index) >= _FEW[level] else 1
+    results = in_processes(_Work(index, level, options), range(len(index.shards)), processes)
+    with closing(results), progress(f"checking {level}", len(index), in_bytes=False, say=say) as advance:
+        for shard, bad in results:
             found[shard] = bad
             advance(counts[shard])
     return [bad for shard in sorted(found) for bad in found[shard]]
