@@ -62,6 +62,7 @@ class _Sample:
     """Offset of the member, and its bytes."""
     fault: tuple[int, str] | None = None
     suffixes: list[str] = field(default_factory=list)
+    is_done: bool = False
 
     def blame(self, offset: int, reason: str) -> None:
         self.fault = self.fault or (offset, reason)
@@ -84,10 +85,13 @@ class _Scanner:
         self.rows.append((offset, 0, BAD, 0, 0, 0))
 
     def damage(self, damage: Damage) -> None:
+        sample = self._sample
+        if sample is not None:
+            sample.damaged = True
+            if sample.image is not None and (sample.label is not None or self._rule.kind == "key"):
+                self._end(sample)  # whole, so it comes before the damage; but its key may go on behind it
         self._tombstone(damage.offset, damage.reason)
         self._damaged = True
-        if self._sample is not None:
-            self._sample.damaged = True
 
     def add(self, member: Member) -> None:
         match = None if _META.match(member.name) else _KEY.match(member.name)
@@ -104,6 +108,8 @@ class _Scanner:
             if key in self._seen:
                 sample.blame(member.offset, f"key {key!r} comes again, apart from its first place")
             self._seen.add(key)
+        if sample.is_done:
+            return
         if not member.is_file:
             sample.suffixes.append(f"{suffix} (no regular file)")
         elif suffix in IMAGE_SUFFIXES:
@@ -135,9 +141,11 @@ class _Scanner:
 
     def finish(self) -> None:
         """End the sample that was being collected."""
-        sample, self._sample = self._sample, None
-        if sample is None:
-            return
+        if self._sample is not None and not self._sample.is_done:
+            self._end(self._sample)
+
+    def _end(self, sample: _Sample) -> None:
+        sample.is_done = True
         if sample.image is None:
             only = f", only {', '.join(sample.suffixes)}" if sample.suffixes else ""
             sample.blame(sample.offset, f"sample {sample.key!r} has no image ({', '.join(IMAGE_SUFFIXES)}){only}")
