@@ -1,14 +1,16 @@
 """`shards`: images to tars and their index, an index of tars that are there, and their verification."""
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
 from dist_trainer.arguments import new_parser, parse
-from dist_trainer.comm import cores
 from dist_trainer.errors import UserError
+from dist_trainer.processes import cores
 
 
 def _pack(argv: list[str]) -> int:
@@ -89,15 +91,22 @@ def _check(argv: list[str]) -> int:
     _add_processes(parser)
     values = parse(parser, argv)
     _check_processes(values.processes)
-    from dist_trainer.data.check import check_location
+    from dist_trainer.data.check import check_index
+    from dist_trainer.data.sources import find_index
 
-    return check_location(
-        values.location,
-        values.level,
-        options=values.storage_options,
-        num_processes=values.processes,
-        json_file=Path(values.json).expanduser() if values.json else None,
-    )
+    index = find_index(values.location, options=values.storage_options)
+    found = check_index(index, values.level, options=values.storage_options, num_processes=values.processes, say=print)
+    for bad in found:
+        print(bad)
+    if values.json is not None:
+        try:
+            Path(values.json).expanduser().write_text(json.dumps([asdict(bad) for bad in found], indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--json: {values.json}: {error.strerror or error}") from None
+    state = f"{len(found):,} bad" if found else "all good"
+    known = f"; {len(index.problems):,} more were bad when they were indexed" if index.problems else ""
+    print(f"{values.location}: {len(index):,} samples, {len(index.shards):,} shards, {values.level}: {state}{known}")
+    return 1 if found else 0
 
 
 def _add_storage_options(parser: ArgumentParser) -> None:

@@ -96,7 +96,7 @@ def change_unnoticed(tar: Path) -> None:
 def test_every_photograph_is_where_tarfile_says_on_any_number_of_processes(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1,200 JPEGs by 1 process, by 3, and by 3 through a URL: one fingerprint. Class-sorted, and said to be.
+    """1,200 JPEGs by 1 process, by 3, and through a URL: one fingerprint. Class-sorted, and said to be.
 
     Fails when shards come in the order in which they get done, or a URL's reads are off.
     """
@@ -115,7 +115,7 @@ def test_every_photograph_is_where_tarfile_says_on_any_number_of_processes(
             assert row.tolist() == (member.offset_data, member.size, label, zlib.crc32(image), width, height)
     monkeypatch.setattr(build, "_FEW_BYTES", 0)
     three = indexed(photographs, out=tmp_path / "three.dtx", num_processes=3)
-    url = indexed(f"local://{photographs}/{{0..4}}.tar", out=tmp_path / "url.dtx", num_processes=3)
+    url = indexed(f"local://{photographs}/{{0..4}}.tar", out=tmp_path / "url.dtx")
     assert one.fingerprint == three.fingerprint == url.fingerprint
     assert url.shard_path(3) == f"local://{photographs}/3.tar"
     assert list(photographs.glob(".*")) == list(tmp_path.glob(".*")) == []
@@ -156,7 +156,7 @@ def test_an_index_that_is_current_is_kept_and_another_is_made_anew(tars: list[Pa
 
 
 def test_tars_may_be_moved_with_their_index(tars: list[Path], tmp_path: Path) -> None:
-    """Also when it lies above them; when it lies elsewhere, it knows where they are. Fails when one path is absolute."""
+    """Also when it lies above them; elsewhere it knows where they are. Fails when one path is absolute."""
     above = indexed(*tars, out=tmp_path / "all.dtx")
     assert above.shards == tuple(f"data/{n}.tar" for n in range(4))
     (tmp_path / "elsewhere").mkdir()
@@ -404,6 +404,7 @@ def test_an_image_folder_that_was_only_copied_is_looked_at_once(images: Path) ->
     """Fails when new times of change are an error, or are not written down."""
     prepare_index("data.train", str(images))
     copy = Path(shutil.copytree(images, images.with_name("copy"), copy_function=shutil.copy))
+    os.utime(copy / "b" / "sub")
     path, line = prepare_index("data.train", str(copy))
     assert "have another time of change" in line
     assert prepare_index("data.train", str(copy)) == (path, "")
@@ -418,6 +419,6 @@ def test_folders_that_are_no_image_folder_are_refused(images: Path) -> None:
     above = images.with_name("above")
     shutil.copytree(images, above / "train")
     assert "name the folder that holds" in refused(above)[0]
-    assert "without --label" in refused(images, label="cls")[0]
+    assert "leave --label" in refused(images, label="cls")[0]
     (images / "empty").mkdir()
     assert "empty: no images" in refused(images)[0]

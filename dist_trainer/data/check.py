@@ -1,20 +1,17 @@
 """Hold shards against their index, and list the samples that are bad."""
 
-import json
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from dist_trainer.data.index import BAD, ShardIndex
 from dist_trainer.data.parallel import in_processes, progress
-from dist_trainer.data.sources import find_index
 from dist_trainer.data.storage import Storage
 from dist_trainer.data.tar import BLOCK
-from dist_trainer.errors import UserError
 
 Level = Literal["headers", "crc", "decode"]
 _FEW = {"headers": 100_000, "crc": 20_000, "decode": 1000}  # samples that are checked sooner than processes start
@@ -142,27 +139,3 @@ def _check_content(data: bytes, row: Any, level: Level) -> None:
         _, height, width = decode(data, 3).shape
         if (width, height) != (int(row["width"]), int(row["height"])):
             raise ValueError(f"it decodes to {width} x {height}, but its header says {row['width']} x {row['height']}")
-
-
-def check_location(
-    location: str,
-    level: Level,
-    *,
-    options: Mapping[str, Any] | None = None,
-    num_processes: int = 1,
-    json_file: Path | None = None,
-) -> int:
-    """`shards check`: print each bad sample and a summary. Returns the exit status: 0 when all is well, else 1."""
-    index = find_index(location, options=options)
-    found = check_index(index, level, options=options, num_processes=num_processes, say=print)
-    for bad in found:
-        print(bad)
-    if json_file is not None:
-        try:
-            json_file.write_text(json.dumps([asdict(bad) for bad in found], indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--json: {json_file}: {error.strerror or error}") from None
-    known = f"; {len(index.problems):,} were known to be bad" if index.problems else ""
-    state = f"{len(found):,} bad" if found else "all good"
-    print(f"{location}: {len(index):,} samples in {len(index.shards):,} shards, {level} checked: {state}{known}")
-    return 1 if found else 0

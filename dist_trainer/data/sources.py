@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.comm import cores
 from dist_trainer.data.build import ShardSet, build_index
 from dist_trainer.data.cache import local_copy
 from dist_trainer.data.classes import CLASSES, is_class_sorted, match_classes, read_classes
@@ -18,6 +17,7 @@ from dist_trainer.data.labels import LabelRule
 from dist_trainer.data.locate import INDEX_SUFFIX, Place, locate, rooted
 from dist_trainer.data.storage import Storage, is_remote
 from dist_trainer.errors import LocalError, UserError
+from dist_trainer.processes import cores
 
 __all__ = [
     "describe",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dist_trainer.comm import World, cores
+from dist_trainer.comm import World
 from dist_trainer.data.augment import Augment, AugmentConfig, CenterCrop
 from dist_trainer.data.batch import Batch, EvalAddress, SlotAddress
 from dist_trainer.data.config import DataConfig
@@ -22,6 +22,7 @@ from dist_trainer.data.samples import EvalSamples, TrainSamples
 from dist_trainer.data.unindexed import StreamSpec, TarStream
 from dist_trainer.errors import LocalError, UserError
 from dist_trainer.plan import Plan
+from dist_trainer.processes import cores
 
 
 def num_workers(config: DataConfig, world: World) -> int:
