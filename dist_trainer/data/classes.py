@@ -65,7 +65,8 @@ def match_classes(train: ShardIndex, val: ShardIndex) -> ShardIndex:
     """
     if val.class_names == train.class_names:
         return val
-    if _are_numbers(val.class_names):
+    by_number = _are_numbers(train.class_names) or not all(name.isdecimal() for name in train.class_names)
+    if _are_numbers(val.class_names) and by_number:  # folders called 0, 1, 10, 2 are names, in the order of text
         largest = int(val.samples["label"].max(initial=BAD))
         if largest >= train.num_classes:
             raise UserError(

@@ -53,6 +53,8 @@ def prepare_index(
         raise
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{key}: {error.filename or location}: {error.strerror or error}") from None
 
 
 def open_index(path: str) -> ShardIndex:
@@ -73,7 +75,10 @@ def local_index(path: str, config: DataConfig) -> str:
 def find_index(location: str, *, options: Mapping[str, Any] | None = None, fallback: Path | None = None) -> ShardIndex:
     """The index of `location`, which must be there; its shards are not looked at. Raises UserError."""
     storage = Storage(options)
-    path = _existing(locate([location], storage), location, storage, fallback)
+    try:
+        path = _existing(locate([location], storage), location, storage, fallback)
+    except OSError as error:
+        raise UserError(f"{error.filename or location}: {error.strerror or error}") from None
     if path is None:
         raise UserError(f"{location}: has no index; make it with: dist-trainer shards index '{location}'")
     return ShardIndex.load(path)
@@ -185,10 +190,8 @@ def _copy(url: str, storage: Storage, spare: Path) -> Path | None:
             index = replace(index, root=url.rpartition("/")[0])
         if not spare.is_file() or _identity(ShardIndex.load(spare)) != _identity(index):
             index.save(spare)  # otherwise what is there may know newer stamps
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # S3 refuses what is not there to those who may not list
         return None
-    except OSError as error:
-        raise UserError(f"{error.filename or url}: {error.strerror or error}") from None
     finally:
         download.unlink(missing_ok=True)
     return spare
