@@ -84,3 +84,9 @@ def message(caught: pytest.ExceptionInfo[UserError]) -> str:
     assert text
     assert "\n" not in text, f"more than one line: {text!r}"
     return text
+
+
+def flip_byte(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)

@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from helpers import index_of, members_of, message, pack_images, pixels, png, write_tar
+from helpers import (
+    flip_byte,
+    index_of,
+    members_of,
+    message,
+    pack_images,
+    pixels,
+    png,
+    write_tar,
+)
 from PIL import Image
 
 from dist_trainer.data.augment import CenterCrop
@@ -41,12 +50,6 @@ def refused(call: Callable[[], object]) -> str:
     with pytest.raises(UserError) as caught:
         call()
     return message(caught)
-
-
-def flip_byte(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
 
 
 # What pack writes

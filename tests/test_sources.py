@@ -4,7 +4,6 @@ import os
 import shutil
 import tarfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -106,7 +105,7 @@ def test_a_remote_folder_is_read_by_the_index_beside_it(data: Path, bucket: str,
     assert prepared(tmp_path / "train.dtx")[0].shard_path(0) == f"{bucket}/0.tar"
     index_shards([str(data)])
     for location in (bucket, f"{bucket}/{{0..2}}.tar", f"{bucket}/{FILE_NAME}"):
-        index, line = prepared(location, fallback=fallback)
+        index, _ = prepared(location, fallback=fallback)
         assert [index.shard_path(n) for n in range(3)] == [f"{bucket}/{n}.tar" for n in range(3)]
         assert Path(index.path).parent == fallback
         assert index.fingerprint == index_of(*sorted(data.glob("*.tar"))).fingerprint
@@ -204,15 +203,9 @@ def made(labels: list[int], names: tuple[str, ...], shards: int = 1) -> ShardInd
     samples = np.zeros(len(labels), SAMPLE)
     samples["label"] = labels
     bounds = np.linspace(0, len(labels), shards + 1).astype(np.uint64)
-    blank = ("",) * shards
+    blank, sizes = ("",) * shards, np.zeros(shards, np.uint64)
     return ShardIndex(
-        root=".",
-        shards=blank,
-        stamps=blank,
-        sizes=np.zeros(shards, np.uint64),
-        first=bounds,
-        samples=samples,
-        class_names=names,
+        root=".", shards=blank, stamps=blank, sizes=sizes, first=bounds, samples=samples, class_names=names
     )
 
 
@@ -274,4 +267,4 @@ def test_class_sorted_sets_are_told_from_shuffled_ones() -> None:
     for few in ([0], [0, 1], [0, 0, 1], [0, 0, 1, 1], [0, 1, 2]):
         assert not is_class_sorted(made(few, NUMBERS))
     assert not is_class_sorted(made([0, 1, 2, 3, 4] * 100, NUMBERS))  # in turn: as mixed as can be
-    assert is_class_sorted(replace(made([0] * 40 + [1] * 40, NUMBERS)))
+    assert is_class_sorted(made([0] * 40 + [1] * 40, NUMBERS))

@@ -28,7 +28,9 @@ from dist_trainer.errors import Outage
 
 QUICK = RetryConfig(timeout=0.3, deadline=60)
 """Attempts that stall end soon; there is time for all that fail."""
-GIVES_UP = RetryConfig(timeout=0.2, deadline=0.8)
+PATIENT = RetryConfig(timeout=30, deadline=60)
+"""No attempt ends before its answer, on a busy machine either, so attempts can be counted."""
+GIVES_UP = RetryConfig(timeout=0.4, deadline=1.0)
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
@@ -39,19 +41,23 @@ def test_every_fault_is_survived(folder: Path, tmp_path: Path, transport: str, f
     and four requests were made for them. Fails when a kind is taken for lasting, or a short answer for an answer.
     """
     truth = (folder / "a.bin").read_bytes()[10:2000]
-    faults = [fault] * 3
+    faults, config = [fault] * 3, QUICK if fault == "stall" else PATIENT
     if transport == "faulty":
-        store = Storage({"faults": faults, "log": str(tmp_path / "log")}, QUICK)
+        store = Storage({"faults": faults, "log": str(tmp_path / "log")}, config)
         assert store.read(f"faulty://{folder}/a.bin", 10, 1990) == truth
         requests = lines(tmp_path / "log")
     else:
         with http_server(folder, *faults) as web:
-            store = Storage({}, QUICK)
+            store = Storage({}, config)
             assert store.read(f"{web.url}/a.bin", 10, 1990) == truth
             requests = web.log
-    assert len(requests) == 4
-    # aiohttp itself asks once more after a cut connection, which is not counted.
-    assert store.retries == 3 or (transport == "http" and fault == "reset" and store.retries > 0)
+    if fault == "stall":  # on a busy machine a good answer may take too long as well
+        assert len(requests) >= 4
+        assert store.retries >= 3
+    else:
+        assert len(requests) == 4
+        # aiohttp itself asks once more after a cut connection, which is not counted.
+        assert store.retries == 3 or (transport == "http" and fault == "reset" and store.retries > 0)
 
 
 def test_facts_are_retried_as_bytes_are(folder: Path) -> None:
@@ -86,44 +92,55 @@ def test_what_never_ends_ends_with_an_outage(folder: Path, fault: str) -> None:
     assert said[fault] in text
 
 
+def test_a_long_wait_is_said_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Fails when a process waits for minutes in silence, or says so at every attempt."""
+    monkeypatch.setattr(retry, "_SAY_AFTER", 0.0)
+    monkeypatch.setattr(retry, "_SAID", threading.Semaphore(1))
+    Storage({"faults": ["reset"] * 5}, PATIENT).read(f"faulty://{folder}/a.bin", 0, 100)
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "reset by peer; trying on for" in said[0]
+
+
 def test_what_asking_again_cannot_mend_is_asked_once(folder: Path, tmp_path: Path, s3: S3Server) -> None:
     """A missing file and a refused one, by every transport: FileNotFoundError and PermissionError after one request.
 
-    Fails when 403 or 404 are retried: there would be more requests, for ten minutes.
+    Fails when 403 or 404 are retried: there would be more requests, for a minute.
     """
-    patient = RetryConfig(timeout=30, deadline=599)
     log = tmp_path / "log"
     with pytest.raises(FileNotFoundError):
-        Storage({"log": str(log)}, patient).read(f"faulty://{folder}/none", 0, 10)
+        Storage({"log": str(log)}, PATIENT).read(f"faulty://{folder}/none", 0, 10)
     with pytest.raises(PermissionError):
-        Storage({"log": str(log), "faults": ["403"]}, patient).read(f"faulty://{folder}/a.bin", 0, 10)
+        Storage({"log": str(log), "faults": ["403"]}, PATIENT).read(f"faulty://{folder}/a.bin", 0, 10)
     assert len(lines(log)) == 2
     with http_server(folder, "", "403") as web:
         with pytest.raises(FileNotFoundError):
-            Storage({}, patient).read(f"{web.url}/none", 0, 10)
+            Storage({}, PATIENT).read(f"{web.url}/none", 0, 10)
         with pytest.raises(PermissionError):
-            Storage({}, patient).read(f"{web.url}/a.bin", 0, 10)
+            Storage({}, PATIENT).read(f"{web.url}/a.bin", 0, 10)
         assert len(web.log) == 2
         with pytest.raises(FileNotFoundError):
-            Storage({}, patient).stat(f"{web.url}/none")
+            Storage({}, PATIENT).stat(f"{web.url}/none")
     s3.upload("once", folder / "a.bin")
     asked = len(s3.gets)
     for missing in ("s3://once/none", "s3://no-such-bucket/a.bin"):
         with pytest.raises(FileNotFoundError):
-            Storage(s3.options, patient).read(missing, 0, 10)
+            Storage(s3.options, PATIENT).read(missing, 0, 10)
     assert len(s3.gets) == asked + 2
     for missing in (f"{folder}/none", "s3://once/none"):
         with pytest.raises(FileNotFoundError):
-            Storage(s3.options, patient).stat(missing)
+            Storage(s3.options, PATIENT).stat(missing)
     with pytest.raises(PermissionError):
-        Storage({**s3.options, "profile": "no-such-profile"}, patient).stat("s3://once/a.bin")
+        Storage({**s3.options, "profile": "no-such-profile"}, PATIENT).stat("s3://once/a.bin")
 
 
 def test_s3_is_asked_again_by_us_alone(folder: Path, s3: S3Server) -> None:
     """Three times 503 are three counted retries and four requests. Fails when s3fs or botocore retry beneath."""
     s3.upload("slow", folder / "a.bin")
     s3.faults = 3
-    store = Storage(s3.options, QUICK)
+    store = Storage(s3.options, PATIENT)
     assert store.read("s3://slow/a.bin", 10, 100) == (folder / "a.bin").read_bytes()[10:110]
     assert store.retries == 3
     assert len(s3.gets) == 4

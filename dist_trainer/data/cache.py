@@ -4,7 +4,8 @@ One file per block. While a block is fetched its file is called `NAME.part` and 
 second time, and the kernel lets the lock go when its owner dies, however. Then it is renamed: what has no `.part` is
 whole. The sum of all sizes stands in the file `usage`, raised before a byte is written. What would exceed the bound
 first evicts the blocks that were used longest ago, down to 19/20 of the bound, so that the folder is listed once per
-many blocks. Marks of use are ten seconds coarse.
+many blocks. Marks of use are ten seconds coarse. The bound holds for what the folder lists; each process may hold a
+few evicted blocks open besides, and files that are being copied whole (`local_copy`) do not count.
 """
 
 import contextlib
@@ -26,7 +27,8 @@ from dist_trainer.data.flock import is_at, lock_file, remove_left
 from dist_trainer.data.storage import Storage
 from dist_trainer.errors import Outage, UserError
 
-_MAX_OPEN = 128
+_MAX_OPEN = 4  # an evicted block takes its space until every process has closed it
+_MAX_MARKS = 4096
 _TOUCH_EVERY = 10.0  # seconds between two marks of use of one block
 _SWEEP_EVERY = 60.0  # seconds between two counts by processes that start
 _PAUSE_WHEN_FULL = 30.0  # seconds without writing after the disk refused
@@ -98,7 +100,8 @@ class BlockCache:
     def __init__(self, folder: Path, size: int) -> None:
         self.size = size
         self._blocks, self._usage = own_folder(folder) / "blocks", folder / "usage"
-        self._open: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._touched: dict[str, float] = {}
         self._resume, self._warned = 0.0, False
         try:
             self._blocks.mkdir(mode=0o700, exist_ok=True)
@@ -125,33 +128,37 @@ class BlockCache:
 
     def read(self, name: str, length: int, start: int, count: int) -> bytes | None:
         """Bytes [start, start + count) of a block of `length` bytes; None where the block is not there."""
-        descriptor, touched = self._open.get(name, (-1, 0.0))
-        now = time.monotonic()
         try:
-            if descriptor < 0:
-                descriptor = self._descriptor(name, length)
-            if now - touched > _TOUCH_EVERY or not touched:
+            descriptor = self._descriptor(name, length)
+            now = time.monotonic()
+            if now - self._touched.get(name, 0.0) > _TOUCH_EVERY:
+                if len(self._touched) >= _MAX_MARKS:
+                    self._touched.clear()
+                self._touched[name] = now
                 os.utime(descriptor)
-                self._open[name] = descriptor, now
-            self._open.move_to_end(name)
             return os.pread(descriptor, count, start)
         except OSError:
             return None
 
     def _descriptor(self, name: str, length: int) -> int:
-        descriptor = os.open(self._blocks / name, os.O_RDONLY)
+        descriptor = self._open.get(name)
+        if descriptor is not None:
+            self._open.move_to_end(name)
+            return descriptor
+        descriptor = os.open(f"{self._blocks}/{name}", os.O_RDONLY)
         if os.fstat(descriptor).st_size != length:
             os.close(descriptor)
             self.drop(name)
             raise OSError(errno.EIO, "a block that was cut short")
         if len(self._open) >= _MAX_OPEN:
-            os.close(self._open.popitem(last=False)[1][0])
+            os.close(self._open.popitem(last=False)[1])
+        self._open[name] = descriptor
         return descriptor
 
     def drop(self, name: str) -> None:
         """Forget a block whose bytes are wrong."""
         if name in self._open:
-            os.close(self._open.pop(name)[0])
+            os.close(self._open.pop(name))
         self._remove(self._blocks / name)
 
     def fetch(self, name: str, length: int, source: Callable[[], bytes], patience: float) -> bytes:

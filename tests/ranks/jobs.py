@@ -1,10 +1,13 @@
 """Runs several trainings in one start of the ranks: torchrun jobs.py JOBS.json FOLDER.
 
 A job is {"name", "argv"} and may have: "stop_at" and "stop_rank" (that rank asks to stop when this step begins),
-"record" (write the sample ids of every slot that this rank runs), "eval" (score these weights instead of training).
+"kill_at" (the last rank is killed when this step begins), "record" (write what stands in every slot that this rank
+runs), "eval" (score these weights instead of training).
 """
 
 import json
+import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +39,8 @@ def observe(run: Run, stop: comm.StopRequest, job: dict[str, Any], folder: Path)
                 "pixels": int(batch.images.sum()),
             }
         )
+        if address.step == job.get("kill_at") and run.world.rank == run.world.size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         if address.step == job.get("stop_at") and run.world.rank == job.get("stop_rank", 0):
             stop.signal = "SIGTERM"
         if job.get("record"):

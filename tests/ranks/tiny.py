@@ -1,11 +1,16 @@
 """Parts that tests name in configs as tiny:Name."""
 
 import os
+import random
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from dist_trainer.data.decode import decode
 
 
 class SmoothNet(nn.Module):
@@ -43,3 +48,10 @@ class Scaled:
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self.factor * F.cross_entropy(logits, labels, reduction="none")
+
+
+def seen_by_webdataset(sample: dict[str, Any]) -> dict[str, Any]:
+    """A stage that draws from all three generators: the picture becomes a brighter, decoded one."""
+    amount = random.randrange(1, 40) + int(np.random.randint(1, 40)) + int(torch.randint(1, 40, ()))
+    image = decode(sample["image"], 1)
+    return {**sample, "image": (image // 2 + amount).clamp_max(255).to(torch.uint8)}
