@@ -144,7 +144,7 @@ def describe(index: ShardIndex, path: Path) -> str:
     """`8 tars, 1,200 samples, 10 classes: /data/train/index.dtx`, and what is peculiar about it."""
     kind, each = ("tars", "samples") if index.names is None else ("class folders", "images")
     bad = f", {len(index.problems):,} of them bad" if index.problems else ""
-    order = ", sorted by class (order full mixes them)" if is_class_sorted(index) else ""
+    order = ", sorted by class (training takes order full)" if is_class_sorted(index) else ""
     return f"{len(index.shards):,} {kind}, {len(index):,} {each}{bad}, {index.num_classes:,} classes{order}: {path}"
 
 
