@@ -19,6 +19,8 @@ USAGE = """usage: dist-trainer COMMAND ...
   eval CONFIG.yaml|RUN [--weights PATH]     exact accuracy of a checkpoint folder or a safetensors file
   plan CONFIG.yaml [--gpus N] [--json]      everything derived, before a node is paid for
   shards pack SOURCE OUT                    images -> tars and index; --help lists the kinds of SOURCE
+  shards index URL... [--out NAME.dtx]      the index of tars that are there (a folder, a brace pattern; local or URLs)
+  shards check LOCATION [--level decode]    hold shards against their index; lists bad samples
   ls, cp NAME TARGET                        the shipped configs and scripts
 
 Several --config files merge left to right. --print_config shows the whole config, COMMAND --help every key.

@@ -1,12 +1,16 @@
 """`shards`: images to tars and their index, an index of tars that are there, and their verification."""
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser
 
 from dist_trainer.arguments import new_parser, parse
-from dist_trainer.comm import cores
 from dist_trainer.errors import UserError
+from dist_trainer.processes import cores
 
 
 def _pack(argv: list[str]) -> int:
@@ -66,4 +70,89 @@ def _pack(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"pack": _pack}
+def _index(argv: list[str]) -> int:
+    parser = new_parser(
+        "shards index", "The index of WebDataset tars that are there: every sample is looked at once.", config=False
+    )
+    parser.add_argument(
+        "url", nargs="+", type=str, help="tars, a brace pattern of them or their folder; paths or URLs such as s3://"
+    )
+    parser.add_argument("--out", type=str | None, default=None, help="the index, NAME.dtx; default: beside the tars")
+    parser.add_argument("--label", type=str | None, default=None, help="where labels are: cls, json:KEY or key")
+    parser.add_argument("--classes", type=str | None, default=None, help="a file of class names, a line for each")
+    parser.add_argument("--allow_bad", "--allow-bad", type=int, default=0, help="bad samples that are accepted")
+    _add_storage_options(parser)
+    _add_processes(parser)
+    values = parse(parser, argv)
+    _check_processes(values.processes)
+    if values.allow_bad < 0:
+        raise UserError(f"--allow_bad: {values.allow_bad} is negative")
+    from dist_trainer.data.sources import index_shards
+
+    print(
+        index_shards(
+            values.url,
+            Path(values.out).expanduser() if values.out else None,
+            label=values.label,
+            classes=values.classes,
+            allow_bad=values.allow_bad,
+            options=values.storage_options,
+            num_processes=values.processes,
+            say=print,
+        )
+    )
+    return 0
+
+
+def _check(argv: list[str]) -> int:
+    parser = new_parser("shards check", "Hold shards against their index, and list the bad samples.", config=False)
+    parser.add_argument("location", type=str, help="an index, or what data.train may name")
+    parser.add_argument(
+        "--level",
+        type=Literal["headers", "crc", "decode"],
+        default="crc",
+        help="headers: what the tars say of each sample; crc: every byte; decode: every image too",
+    )
+    parser.add_argument("--json", type=str | None, default=None, help="a file to write what was found to")
+    _add_storage_options(parser)
+    _add_processes(parser)
+    values = parse(parser, argv)
+    _check_processes(values.processes)
+    from dist_trainer.data.check import check_index
+    from dist_trainer.data.sources import find_index
+
+    index = find_index(values.location, options=values.storage_options)
+    found = check_index(index, values.level, options=values.storage_options, num_processes=values.processes, say=print)
+    for bad in found:
+        print(bad)
+    if values.json is not None:
+        try:
+            Path(values.json).expanduser().write_text(json.dumps([asdict(bad) for bad in found], indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--json: {values.json}: {error.strerror or error}") from None
+    state = f"{len(found):,} bad" if found else "all good"
+    known = f"; {len(index.problems):,} more were bad when they were indexed" if index.problems else ""
+    print(f"{values.location}: {len(index):,} samples, {len(index.shards):,} shards, {values.level}: {state}{known}")
+    return 1 if found else 0
+
+
+def _add_storage_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--storage_options",
+        "--storage-options",
+        type=dict[str, Any] | None,
+        default=None,
+        help="what fsspec needs besides credentials, such as {anon: true}",
+    )
+
+
+def _add_processes(parser: ArgumentParser) -> None:
+    parser.add_argument("--processes", type=int, default=cores(), help="how many shards are read at a time")
+
+
+def _check_processes(processes: int) -> None:
+    if processes < 1:
+        raise UserError(f"--processes: {processes} is not positive")
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"pack": _pack, "index": _index, "check": _check}

@@ -18,10 +18,9 @@ from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-define
 from torch.distributed.rendezvous import rendezvous
 
 from dist_trainer.errors import UserError
+from dist_trainer.processes import STOP_SIGNALS, cores, die_with_parent
 
 T = TypeVar("T")
-
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,6 @@ class World:
         return self.rank == 0
 
 
-def cores() -> int:
-    """The cores that this process may use, which under Slurm or a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def devices() -> int:
     """Accelerators of this host, or its cores where there is none."""
     return torch.cuda.device_count() if torch.cuda.is_available() else cores()
@@ -52,13 +46,6 @@ def devices() -> int:
 
 def launched_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def die_with_parent(signum: int) -> None:
-    """Let the kernel send `signum` to this process when its parent dies, so that a SIGKILL leaves no orphan (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signum, 0, 0, 0)
 
 
 def keep_freed_memory() -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
-from dist_trainer.comm import STOP_SIGNALS, PackedSum, StopRequest, World, gather_json
+from dist_trainer.comm import PackedSum, StopRequest, World, gather_json
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.health import BadSample, Health
 from dist_trainer.log.meter import Meter
 from dist_trainer.plan import Plan
+from dist_trainer.processes import STOP_SIGNALS
 from dist_trainer.tricks.batch_norm import RunningStatistics
 
 

@@ -11,7 +11,7 @@ FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in 
 # From the ground up: a file imports from the floors below, and from its own room.
 FLOORS = [
     [{"errors"}],
-    [{"keyed", "plan", "comm", "named"}],
+    [{"keyed", "plan", "comm", "named", "processes"}],
     [{"data/"}, {"tricks/"}, {"models"}, {"log/"}],
     [{"inference", "engine", "zero_state", "checkpoint", "evaluate", "step_sums"}],
     [{"config", "run_folder"}],

@@ -55,6 +55,8 @@ class ShardIndex:
     first: npt.NDArray[np.uint64]
     samples: npt.NDArray[np.void]
     class_names: tuple[str, ...]
+    label_rule: str = "cls"
+    """Where the labels were found, as `shards index --label` has it."""
     problems: tuple[Problem, ...] = ()
     """Bad samples that were accepted when the index was built; each has a place with the label BAD."""
     names: npt.NDArray[np.uint8] | None = None
@@ -125,6 +127,7 @@ class ShardIndex:
             "shards": json.dumps(self.shards),
             "stamps": json.dumps(self.stamps),
             "class_names": json.dumps(self.class_names),
+            "label_rule": self.label_rule,
             "problems": json.dumps([[p.shard, p.offset, p.reason, p.sample] for p in self.problems]),
             "fingerprint": self.fingerprint,
         }
@@ -149,6 +152,7 @@ class ShardIndex:
                 first=arrays["shard_first"],
                 samples=arrays["samples"].view(SAMPLE).reshape(-1),
                 class_names=tuple(json.loads(metadata["class_names"])),
+                label_rule=metadata.get("label_rule", "cls"),
                 problems=tuple(Problem(*each) for each in json.loads(metadata["problems"])),
                 names=arrays.get("names"),
                 name_ends=arrays.get("name_ends"),

@@ -1,38 +1,43 @@
-"""Build the index of WebDataset tars, strictly: what plain readers skip in silence fails here, by shard and byte."""
+"""Read WebDataset tars for their index, strictly: what plain readers skip in silence is named by shard and byte."""
 
 import io
+import re
 import struct
-import tarfile
 import zlib
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
-from webdataset.tariterators import base_plus_ext
+from PIL import Image
 
-from dist_trainer.data.index import SAMPLE, ShardIndex
+from dist_trainer.data.index import BAD, SAMPLE, Problem
+from dist_trainer.data.join import ShardScan, join
+from dist_trainer.data.labels import LabelRule
+from dist_trainer.data.storage import Storage
+from dist_trainer.data.tar import Damage, Member, members
 from dist_trainer.errors import UserError
+
+__all__ = ["IMAGE_SUFFIXES", "LABEL_SUFFIX", "ShardScan", "join", "measure", "scan_shard", "scan_tar"]
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 LABEL_SUFFIX = "cls"
-_MAX_LABEL = 2**31 - 1
-_FEW_BYTES = 2**27  # read sooner than processes start
 _MAX_SIDE = 2**16 - 1  # pixels, as the index holds them
+_MAX_LENGTH = 2**31 - 1  # bytes; no such image decodes
+_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's own: a key ends at the first dot of the base name
+_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
 
 
-@dataclass(frozen=True)
-class ShardScan:
-    """What one tar holds: rows of SAMPLE in file order, and its size in bytes."""
-
-    samples: npt.NDArray[np.void]
-    size: int
-    stamp: str = ""
+def measure(data: bytes) -> tuple[int, int, int]:
+    """(crc32, width, height) of an encoded image. Raises ValueError with a text that completes "the image of ..."."""
+    try:
+        width, height = _image_size(data)
+    except Exception:  # Pillow's plugins raise whatever they meet
+        raise ValueError("does not decode") from None
+    if max(width, height) > _MAX_SIDE:
+        raise ValueError(f"is {width} x {height}, over {_MAX_SIDE:,} a side")
+    return zlib.crc32(data), width, height
 
 
 def _image_size(data: bytes) -> tuple[int, int]:
@@ -43,132 +48,155 @@ def _image_size(data: bytes) -> tuple[int, int]:
         return image.size
 
 
+@dataclass
+class _Sample:
+    """The sample that is being collected: neighbouring members of one key."""
+
+    key: str
+    offset: int
+    damaged: bool
+    """It lies beside damage, which is reported already: what it lacks is not reported again."""
+    image: tuple[int, int, int, int, int] | None = None
+    """Offset, length, crc32, width and height."""
+    label: tuple[int, bytes] | None = None
+    """Offset of the member, and its bytes."""
+    fault: tuple[int, str] | None = None
+    suffixes: list[str] = field(default_factory=list)
+    is_done: bool = False
+
+    def blame(self, offset: int, reason: str) -> None:
+        self.fault = self.fault or (offset, reason)
+
+
 class _Scanner:
-    """Collects the members of one tar into samples: `add` each file, then `finish`."""
+    """Groups the members of one tar into samples: `add` or `damage` each, then `finish`."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.rows: list[tuple[Any, ...]] = []
+    def __init__(self, shard: str, file: BinaryIO, rule: LabelRule) -> None:
+        self._shard, self._file, self._rule = shard, file, rule
+        self.rows: list[tuple[int, ...]] = []
+        self.problems: list[Problem] = []
+        self.names: dict[str, int] = {}
         self._seen: set[str] = set()
-        self._key = ""
-        self._start(0)
+        self._sample: _Sample | None = None
+        self._damaged = False
 
-    def _start(self, offset: int) -> None:
-        self._begin, self._image, self._label = offset, None, None
+    def _tombstone(self, offset: int, reason: str) -> None:
+        self.problems.append(Problem(self._shard, offset, reason, len(self.rows)))
+        self.rows.append((offset, 0, BAD, 0, 0, 0))
 
-    _image: tuple[int, bytes] | None
-    _label: int | None
+    def damage(self, damage: Damage) -> None:
+        sample = self._sample
+        if sample is not None:
+            sample.damaged = True
+            if sample.image is not None and (sample.label is not None or self._rule.kind == "key"):
+                self._end(sample)  # whole, so it comes before the damage; but its key may go on behind it
+        self._tombstone(damage.offset, damage.reason)
+        self._damaged = True
 
-    def bad(self, offset: int, reason: str) -> UserError:
-        return UserError(f"{self._path}: at byte {offset}: {reason}")
-
-    def add(self, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
-        key, suffix = base_plus_ext(member.name)
-        if key is None:
+    def add(self, member: Member) -> None:
+        match = None if _META.match(member.name) else _KEY.match(member.name)
+        if match is None:
             return
-        if key != self._key:
+        key, suffix = match[1], match[2].lower()
+        sample = self._sample
+        if sample is None or key != sample.key:
+            if not member.is_file:
+                return
             self.finish()
+            sample = self._sample = _Sample(key, member.offset, self._damaged)
+            self._damaged = False
             if key in self._seen:
-                raise self.bad(member.offset, f"key {key!r} comes again, apart from its first place")
+                sample.blame(member.offset, f"key {key!r} comes again, apart from its first place")
             self._seen.add(key)
-            self._key = key
-            self._start(member.offset)
-        file = tar.extractfile(member)
-        if file is None:
+        if sample.is_done:
             return
-        if suffix.lower() in IMAGE_SUFFIXES:
-            if self._image is not None:
-                raise self.bad(member.offset, f"sample {key!r} has two images")
-            self._image = (member.offset_data, file.read())
-        elif suffix.lower() == LABEL_SUFFIX:
-            if self._label is not None:
-                raise self.bad(member.offset, f"sample {key!r} has two labels")
-            text = file.read().decode("ascii", "replace").strip()
-            if not text.isdecimal() or int(text) > _MAX_LABEL:
-                raise self.bad(member.offset, f"the label of sample {key!r} is {text!r}, not a class number")
-            self._label = int(text)
+        if not member.is_file:
+            sample.suffixes.append(f"{suffix} (no regular file)")
+        elif suffix in IMAGE_SUFFIXES:
+            self._add_image(sample, member)
+        elif suffix == self._rule.kind:
+            if sample.label is not None:
+                sample.blame(member.offset, f"sample {key!r} has two labels")
+            sample.label = member.offset, self._read(member)
+        else:
+            sample.suffixes.append(suffix)
+
+    def _add_image(self, sample: _Sample, member: Member) -> None:
+        if sample.image is not None:
+            sample.blame(member.offset, f"sample {sample.key!r} has two images")
+        sample.image = member.data, 0, 0, 0, 0
+        try:
+            if member.size > _MAX_LENGTH:
+                raise ValueError(f"has {member.size:,} bytes")
+            sample.image = member.data, member.size, *measure(self._read(member))
+        except ValueError as error:
+            sample.blame(member.data, f"the image of sample {sample.key!r} {error}")
+
+    def _read(self, member: Member) -> bytes:
+        self._file.seek(member.data)
+        data = self._file.read(member.size)
+        if len(data) < member.size:
+            raise UserError(f"{self._shard}: it became shorter while it was read; is it being written?")
+        return data
 
     def finish(self) -> None:
         """End the sample that was being collected."""
-        if not self._key:
-            return
-        if self._image is None:
-            raise self.bad(self._begin, f"sample {self._key!r} has no image ({', '.join(IMAGE_SUFFIXES)})")
-        if self._label is None:
-            raise self.bad(self._begin, f"sample {self._key!r} has no label (.{LABEL_SUFFIX})")
-        offset, data = self._image
-        try:
-            width, height = _image_size(data)
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, struct.error):
-            raise self.bad(offset, f"the image of sample {self._key!r} does not decode") from None
-        if max(width, height) > _MAX_SIDE:
-            raise self.bad(
-                offset, f"the image of sample {self._key!r} is {width} x {height}, over {_MAX_SIDE:,} a side"
-            )
-        self.rows.append((offset, len(data), self._label, zlib.crc32(data), width, height))
-        self._key = ""
+        if self._sample is not None and not self._sample.is_done:
+            self._end(self._sample)
+
+    def _end(self, sample: _Sample) -> None:
+        sample.is_done = True
+        if sample.image is None:
+            only = f", only {', '.join(sample.suffixes)}" if sample.suffixes else ""
+            sample.blame(sample.offset, f"sample {sample.key!r} has no image ({', '.join(IMAGE_SUFFIXES)}){only}")
+        place, text = (sample.offset, b"") if self._rule.kind == "key" else sample.label or (sample.offset, None)
+        label = BAD
+        if text is None:
+            what = f"(.{self._rule.kind}; --label says where labels are)"
+            sample.blame(place, f"sample {sample.key!r} has no label {what}")
+        else:
+            try:
+                value = self._rule.read(sample.key, text)
+                label = value if isinstance(value, int) else BAD - 1 - self.names.setdefault(value, len(self.names))
+            except ValueError as error:
+                sample.blame(place, f"the label of sample {sample.key!r} {error}")
+        if sample.damaged and (sample.image is None or text is None):
+            return  # the rest of it lies in the damaged stretch
+        if sample.fault is not None:
+            self._tombstone(*sample.fault)
+        elif sample.image is not None:
+            offset, length, crc32, width, height = sample.image
+            self.rows.append((offset, length, label, crc32, width, height))
+
+
+def scan_shard(location: str, storage: Storage, rule: LabelRule) -> ShardScan:
+    """Read one tar, local or remote, from end to end.
+
+    A destroyed or zeroed header (with everything up to the next whole one), a truncation, a key that comes twice or in
+    two places, a sample without image or label, a label that is none and an image whose header does not parse each
+    become a Problem and a row with the label BAD.
+    """
+    stat = storage.stat(location)
+    with storage.open(location) as file:
+        scanner = _Scanner(location, file, rule)
+        for found in members(file, stat.size):
+            if isinstance(found, Damage):
+                scanner.damage(found)
+            else:
+                scanner.add(found)
+        scanner.finish()
+    return ShardScan(rows(scanner.rows), stat.size, stat.stamp, tuple(scanner.problems), tuple(scanner.names))
+
+
+def rows(values: list[tuple[int, ...]]) -> npt.NDArray[np.void]:
+    """Rows of SAMPLE."""
+    as_any: Any = values
+    return np.array(as_any, SAMPLE)
 
 
 def scan_tar(path: Path) -> ShardScan:
-    """Read one tar from end to end.
-
-    Raises UserError naming tar, byte and reason for: a destroyed or zeroed header (Python's tarfile takes it for the
-    end), a truncation, a key that comes twice or in two places, a sample without image or label, a label that is no
-    number, an image whose header does not parse.
-    """
-    scanner = _Scanner(path)
-    size, end = path.stat().st_size, 0
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                end = member.offset_data + -(-member.size // 512) * 512
-                if end > size:
-                    raise scanner.bad(member.offset, f"{member.name!r} is cut short: the tar ends at byte {size}")
-                if member.isfile():
-                    scanner.add(member, tar)
-            scanner.finish()
-    except tarfile.TarError as error:
-        raise UserError(f"{path}: not a readable tar ({error})") from None
-    _check_end(scanner, path, end)
-    return ShardScan(np.array(scanner.rows, SAMPLE), size, str(path.stat().st_mtime_ns))
-
-
-def _check_end(scanner: _Scanner, path: Path, end: int) -> None:
-    """After the last member, at byte `end`, there must be the end marker of 1,024 zeros and nothing but zeros."""
-    with path.open("rb") as file:
-        file.seek(end)
-        at = end
-        while block := file.read(1 << 20):
-            if block.count(0) != len(block):
-                raise scanner.bad(at, "a destroyed header: data follow where the tar seems to end")
-            at += len(block)
-    if at - end < 1024:
-        raise scanner.bad(end, "the end marker is missing: the tar was cut short")
-
-
-def join(names: Sequence[str], scans: Sequence[ShardScan], class_names: Sequence[str] = ()) -> ShardIndex:
-    """One index of several scanned tars. Without `class_names`, classes are called by their numbers."""
-    samples = np.concatenate([scan.samples for scan in scans])
-    if not len(samples):
-        raise UserError(f"{names[0]}: the tars hold no samples")
-    num_classes = max(int(samples["label"].max()) + 1, len(class_names))
-    return ShardIndex(
-        root=".",
-        shards=tuple(names),
-        stamps=tuple(scan.stamp for scan in scans),
-        sizes=np.array([scan.size for scan in scans], np.uint64),
-        first=np.cumsum([0, *(len(scan.samples) for scan in scans)]).astype(np.uint64),
-        samples=samples,
-        class_names=tuple(class_names) or tuple(str(n) for n in range(num_classes)),
-    )
-
-
-def scan_tars(root: Path, tars: Sequence[Path], num_processes: int) -> ShardIndex:
-    """The index of `tars`, scanned in parallel; names are kept relative to `root`."""
-    names = [str(tar.relative_to(root)) for tar in tars]
-    if num_processes <= 1 or sum(tar.stat().st_size for tar in tars) < _FEW_BYTES:
-        scans = [scan_tar(tar) for tar in tars]
-    else:
-        with ProcessPoolExecutor(min(num_processes, len(tars)), mp_context=get_context("spawn")) as pool:
-            scans = list(pool.map(scan_tar, tars))
-    return join(names, scans)
+    """Read one local tar with labels in .cls. Raises UserError with its first problem: tar, byte and reason."""
+    scan = scan_shard(str(path), Storage(), LabelRule())
+    if scan.problems:
+        raise UserError(str(scan.problems[0]))
+    return scan

@@ -4,33 +4,25 @@ Nothing here counts, remembers or shuffles per rank: torch's DataLoader hands ad
 their batches back in order, and after a restart the loop asks for the next address.
 """
 
-import signal
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dist_trainer.comm import STOP_SIGNALS, World, cores, die_with_parent
+from dist_trainer.comm import World
 from dist_trainer.data.augment import Augment, AugmentConfig, CenterCrop
 from dist_trainer.data.batch import Batch, EvalAddress, SlotAddress
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.order import ClassOrder, Kind, OrderSpec
+from dist_trainer.data.parallel import as_worker, start_resource_tracker
 from dist_trainer.data.samples import EvalSamples, TrainSamples
 from dist_trainer.data.unindexed import StreamSpec, TarStream
 from dist_trainer.errors import LocalError, UserError
 from dist_trainer.plan import Plan
-
-
-def _init_worker(worker: int) -> None:
-    """A loader worker outlives neither its trainer nor a signal: Slurm and Ctrl-C signal every process of a job."""
-    die_with_parent(signal.SIGKILL)
-    for name in STOP_SIGNALS:
-        signal.signal(signal.Signals[name], signal.SIG_IGN)
+from dist_trainer.processes import cores
 
 
 def num_workers(config: DataConfig, world: World) -> int:
@@ -42,22 +34,11 @@ def num_workers(config: DataConfig, world: World) -> int:
     return config.workers
 
 
-def _start_resource_tracker() -> None:
-    """Start multiprocessing's helper so that it lives through SIGUSR1 as it does through SIGTERM and SIGINT.
-
-    Slurm signals every process of a job; without its helper, each semaphore of a loader ends in a traceback.
-    """
-    if threading.current_thread() is threading.main_thread():
-        former = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        resource_tracker.ensure_running()
-        signal.signal(signal.SIGUSR1, former)
-
-
 def _loader(
     samples: Dataset[Batch], addresses: Iterable[Any] | None, workers: int, world: World
 ) -> "DataLoader[Batch]":
     if workers:
-        _start_resource_tracker()
+        start_resource_tracker()
     return DataLoader(
         samples,
         batch_size=None,  # an item is a whole micro-batch
@@ -65,7 +46,7 @@ def _loader(
         num_workers=workers,
         # Not fork (fsspec, CUDA and threads break), not forkserver (its server outlives a killed trainer).
         multiprocessing_context="spawn" if workers else None,
-        worker_init_fn=_init_worker,
+        worker_init_fn=as_worker,
         persistent_workers=workers > 0,
         pin_memory=world.device.type == "cuda",
     )

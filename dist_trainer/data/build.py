@@ -1,0 +1,195 @@
+"""Build the index of many shards in parallel. A build that was killed goes on with the shards that are missing."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_trainer.data.image_folder import file_names, images_below, scan_folder, stamp_of
+from dist_trainer.data.index import BAD, VERSION, ShardIndex, join_names
+from dist_trainer.data.join import ShardScan, join, refusal
+from dist_trainer.data.labels import LabelRule
+from dist_trainer.data.parallel import in_processes, progress
+from dist_trainer.data.retry import concurrently
+from dist_trainer.data.scan import scan_shard
+from dist_trainer.data.storage import Stat, Storage, is_remote
+from dist_trainer.errors import Outage, UserError
+
+_FEW_BYTES, _FEW_FILES = 2**31, 20_000  # read sooner than processes start
+_AT_ONCE = 32  # requests for sizes under way
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """Shards by their names, relative to `root`, a local folder or URL; of an image folder they are class folders."""
+
+    root: str
+    names: tuple[str, ...]
+    is_folder: bool = False
+
+    @property
+    def locations(self) -> list[str]:
+        return [name if "://" in name else f"{self.root}/{name}" for name in self.names]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One shard to be scanned, and the file that keeps what was found."""
+
+    location: str
+    rule: LabelRule
+    is_folder: bool
+    part: Path
+
+
+def _run(task: _Task, options: Mapping[str, Any] | None) -> ShardScan:
+    scan = scan_folder(task.location) if task.is_folder else scan_shard(task.location, Storage(options), task.rule)
+    with suppress(OSError):  # without it the build can end all the same
+        _save_part(task.part, scan)
+    return scan
+
+
+def _save_part(path: Path, scan: ShardScan) -> None:
+    names = join_names(scan.files) if scan.files else (None, None)
+    ShardIndex(
+        root="",
+        shards=(path.name,),
+        stamps=(scan.stamp,),
+        sizes=np.array([scan.size], np.uint64),
+        first=np.array([0, len(scan.samples)], np.uint64),
+        samples=scan.samples,
+        class_names=scan.names,
+        problems=scan.problems,
+        names=names[0],
+        name_ends=names[1],
+    ).save(path)
+
+
+def _load_part(path: Path) -> ShardScan | None:
+    """What an earlier build found; None when it is not there, or damaged."""
+    if not path.exists():
+        return None
+    try:
+        part = ShardIndex.load(path)
+    except UserError:
+        return None
+    files = tuple(file_names(part, 0)) if part.names is not None else ()
+    return ShardScan(part.samples, int(part.sizes[0]), part.stamps[0], part.problems, part.class_names, files)
+
+
+def stat_all(locations: Sequence[str], storage: Storage) -> list[Stat | None]:
+    """Size and stamp of each file, asked for together; None where there is nothing."""
+
+    def stat(location: str) -> Stat | None:
+        try:
+            return storage.stat(location)
+        except FileNotFoundError:
+            return None
+
+    try:
+        return concurrently(stat, locations, _AT_ONCE)
+    except OSError as error:
+        raise UserError(f"{error.filename or locations[0]}: {error.strerror or error}") from None
+
+
+def sizes_and_stamps(shards: ShardSet, storage: Storage) -> list[Stat]:
+    """Bytes of each tar, or images of each class folder. Raises UserError naming the first shard that is missing."""
+    if shards.is_folder:
+        files = [images_below(location) for location in shards.locations]
+        return [
+            Stat(len(names), stamp_of(location, names)) for location, names in zip(shards.locations, files, strict=True)
+        ]
+    stats = stat_all(shards.locations, storage)
+    missing = [location for location, stat in zip(shards.locations, stats, strict=True) if stat is None]
+    if missing:
+        rest = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
+        raise UserError(f"{missing[0]}: no such tar{rest}")
+    return [stat for stat in stats if stat is not None]
+
+
+def build_index(
+    shards: ShardSet,
+    out: Path,
+    *,
+    rule: LabelRule,
+    class_names: Sequence[str] = (),
+    allow_bad: int = 0,
+    options: Mapping[str, Any] | None = None,
+    num_processes: int = 1,
+    advice: str = "mend the tars",
+    say: Callable[[str], None] = lambda line: None,
+) -> ShardIndex:
+    """Scan `shards` and write their index to `out`.
+
+    What was scanned is kept in `.NAME.parts` beside `out` until the index is whole, by name, size and stamp of each
+    shard. Raises UserError for what is missing, unreadable or (see `join`) bad.
+    """
+    stats = sizes_and_stamps(shards, Storage(options))
+    if is_remote(shards.root):
+        say(f"{len(stats):,} shards, {sum(stat.size for stat in stats) / 1e9:,.2f} GB, to be read from {shards.root}")
+    parts = out.with_name(f".{out.name}.parts")
+    tasks = [_Task(place, rule, shards.is_folder, parts / _part_name(place, stat, rule)) for place, stat in
+             zip(shards.locations, stats, strict=True)]  # fmt: skip
+    try:
+        parts.mkdir(exist_ok=True)
+        scans = _scan_all(tasks, [stat.size for stat in stats], shards, allow_bad, options, num_processes, advice, say)
+        index = join(
+            shards.names,
+            scans,
+            class_names,
+            root=shards.root,
+            label_rule=rule.text,
+            allow_bad=allow_bad,
+            advice=advice,
+        )
+        index.save(out)
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: {error.strerror or error}") from None
+    shutil.rmtree(parts, ignore_errors=True)
+    return index
+
+
+def _part_name(location: str, stat: Stat, rule: LabelRule) -> str:
+    what = json.dumps([VERSION, location, stat.size, stat.stamp, rule.text])
+    return f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.part"
+
+
+def _scan_all(
+    tasks: Sequence[_Task],
+    sizes: Sequence[int],
+    shards: ShardSet,
+    allow_bad: int,
+    options: Mapping[str, Any] | None,
+    num_processes: int,
+    advice: str,
+    say: Callable[[str], None],
+) -> list[ShardScan]:
+    """The scan of every task, in their order: those that are kept are taken, the others are made."""
+    scans = {number: scan for number, task in enumerate(tasks) if (scan := _load_part(task.part)) is not None}
+    if scans:
+        say(f"{len(scans):,} of {len(tasks):,} shards are done already")
+    todo = [number for number in range(len(tasks)) if number not in scans]
+    weight = sum(sizes[number] for number in todo)
+    few = _FEW_FILES if shards.is_folder else _FEW_BYTES
+    work = partial(_run, options=options)
+    results = in_processes(work, [tasks[number] for number in todo], num_processes if weight >= few else 1)
+    with closing(results), progress("indexing", weight, in_bytes=not shards.is_folder, say=say) as advance:
+        try:
+            for number, scan in results:
+                scans[todo[number]] = scan
+                if len(scan.problems) > max(allow_bad, 1) and (scan.samples["label"] == BAD).all():
+                    # A wrong --label is not worth the reading of all shards.
+                    hopeless = f"a shard without a good sample; {advice}"
+                    raise refusal(shards.root, scan.problems, allow_bad, hopeless)
+                advance(sizes[todo[number]])
+        except Outage as error:
+            done = f"{len(scans):,} of {len(tasks):,} shards are done, and the next start goes on from there"
+            raise UserError(f"{error}; {done}") from None
+    return [scans[number] for number in range(len(tasks))]

@@ -1,0 +1,119 @@
+"""What a user names: an index, a folder of tars, an image folder, one tar, a brace pattern; here or at a URL."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from dist_trainer.data.build import ShardSet
+from dist_trainer.data.image_folder import class_folders, holds_images
+from dist_trainer.data.index import FILE_NAME
+from dist_trainer.data.storage import Storage, is_remote
+from dist_trainer.errors import UserError
+
+INDEX_SUFFIX = ".dtx"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an index is or would be (path or URL), and its shards; None where the location is the index itself."""
+
+    index: str
+    shards: ShardSet | None
+
+    @property
+    def is_remote(self) -> bool:
+        return is_remote(self.index)
+
+
+def locate(locations: Sequence[str], storage: Storage) -> Place:
+    """Understand what a user wrote, one location or several tars. Whether named tars exist is not looked at.
+
+    Raises UserError for what holds no images, for a pattern that does not parse, and for what cannot be reached.
+    """
+    if len(locations) == 1:
+        (location,) = locations
+        if location.startswith("pipe:"):
+            raise UserError(f"{location}: shell pipes are refused; name a path, or a URL such as s3://bucket/folder")
+        if location.endswith(INDEX_SUFFIX):
+            return Place(location, None)
+        if not location.endswith(".tar") and "{" not in location:
+            return _remote_folder(location.rstrip("/"), storage) if is_remote(location) else _local_folder(location)
+    tars = [tar for location in locations for tar in _expand(location)]
+    wrong = next((tar for tar in tars if not tar.endswith(".tar")), None)
+    if wrong is not None:
+        raise UserError(f"{wrong}: not a tar by its name; several locations must all be tars")
+    if len({is_remote(tar) for tar in tars}) > 1:
+        raise UserError(f"{tars[0]}: some tars are local and some are remote; make an index of each kind")
+    shards = _relative(tars)
+    name = hashlib.sha256("\n".join(shards.names).encode()).hexdigest()[:8]
+    return Place(f"{shards.root}/{FILE_NAME if is_remote(tars[0]) else f'index-{name}{INDEX_SUFFIX}'}", shards)
+
+
+def _expand(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand(pattern if is_remote(pattern) else os.path.expanduser(pattern)))  # noqa: PTH111
+    except ValueError:
+        raise UserError(f"{pattern}: its braces do not match; write a range as {{000000..001281}}") from None
+
+
+def _relative(tars: Sequence[str]) -> ShardSet:
+    """The tars by names relative to the innermost folder that holds all of them."""
+    if is_remote(tars[0]):
+        folders = [tar.split("/")[:-1] for tar in tars]
+        depth = next((n for n, parts in enumerate(zip(*folders, strict=False)) if len(set(parts)) > 1), None)
+        common = folders[0][: min(map(len, folders)) if depth is None else depth]
+        if len(common) < 3:  # several hosts or buckets: names are whole URLs
+            return ShardSet("/".join(folders[0]), tuple(tars))
+        root = "/".join(common)
+        return ShardSet(root, tuple(tar.removeprefix(f"{root}/") for tar in tars))
+    paths = [Path(tar).absolute() for tar in tars]
+    folder = Path(os.path.commonpath([path.parent for path in paths]))
+    return ShardSet(str(folder), tuple(path.relative_to(folder).as_posix() for path in paths))
+
+
+def _local_folder(location: str) -> Place:
+    folder = Path(location).expanduser().absolute()
+    if not folder.is_dir():
+        found = f"a file that is neither a tar nor an index ({INDEX_SUFFIX})" if folder.exists() else "no such folder"
+        raise UserError(f"{location}: {found}")
+    index = folder / FILE_NAME
+    tars = sorted(path.name for path in folder.glob("*.tar"))
+    if tars:
+        return Place(str(index), ShardSet(str(folder), tuple(tars)))
+    classes = class_folders(folder)
+    if classes and holds_images(folder):
+        return Place(str(index), ShardSet(str(folder), tuple(classes), is_folder=True))
+    if index.exists():
+        return Place(str(index), None)
+    if not classes:
+        raise UserError(f"{location}: no tars there, and no class folders; dist-trainer shards pack --help makes tars")
+    raise UserError(
+        f"{location}: no tars there, and no images in its folders ({', '.join(classes[:3])}); "
+        f"name the folder that holds the tars or the class folders, such as {location.rstrip('/')}/{classes[0]}"
+    )
+
+
+def _remote_folder(url: str, storage: Storage) -> Place:
+    try:
+        names = storage.list(url)
+    except FileNotFoundError:
+        raise UserError(f"{url}: no such folder") from None
+    except OSError as error:
+        raise UserError(f"{url}: {error.strerror or error}") from None
+    tars = tuple(name for name in names if name.endswith(".tar"))
+    if not tars and FILE_NAME not in names:
+        raise UserError(f"{url}: no tars there, and no {FILE_NAME}")
+    return Place(f"{url}/{FILE_NAME}", ShardSet(url, tars) if tars else None)
+
+
+def rooted(shards: ShardSet, index: Path) -> ShardSet:
+    """`shards` relative to the folder of `index` where they lie in it or below, so that all may be moved together."""
+    folder = index.absolute().parent
+    if is_remote(shards.root) or not Path(shards.root).is_relative_to(folder):
+        return shards
+    inside = Path(shards.root).relative_to(folder)
+    return ShardSet(str(folder), tuple((inside / name).as_posix() for name in shards.names), shards.is_folder)

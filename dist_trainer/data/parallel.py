@@ -1,0 +1,88 @@
+"""Work over many shards at once: processes that nothing outlives, and how far they are."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context, resource_tracker
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dist_trainer.errors import UserError
+from dist_trainer.processes import STOP_SIGNALS, die_with_parent
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_LONG = 60  # seconds; from there on a log is told how long it will take
+
+
+def in_processes(work: Callable[[T], R], items: Sequence[T], processes: int) -> Generator[tuple[int, R], None, None]:
+    """(number of the item, `work(item)`), as they get done; in this process where one is enough.
+
+    Raises what `work` raises, and UserError when a process is killed. Close it where it is left early.
+    """
+    futures: dict[Future[R], int] = {}
+    if processes <= 1 or len(items) <= 1:
+        yield from ((number, work(item)) for number, item in enumerate(items))
+        return
+    start_resource_tracker()
+    others = set(active_children())
+    pool = ProcessPoolExecutor(min(processes, len(items)), mp_context=get_context("spawn"), initializer=as_worker)
+    try:
+        futures = {pool.submit(work, item): number for number, item in enumerate(items)}
+        for future in as_completed(futures):
+            yield futures.pop(future), future.result()
+    except BrokenProcessPool:
+        raise UserError("a process was killed, perhaps for want of memory; try fewer --processes") from None
+    finally:
+        if futures:  # nobody waits for what is still at work
+            for process in set(active_children()) - others:
+                process.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+def as_worker(number: int = 0) -> None:
+    """A worker outlives neither its parent nor a signal: Slurm and Ctrl-C signal every process of a job."""
+    die_with_parent(signal.SIGKILL)
+    for name in STOP_SIGNALS:
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
+
+
+def start_resource_tracker() -> None:
+    """Start multiprocessing's helper so that it lives through SIGUSR1 as it does through SIGTERM and SIGINT.
+
+    Slurm signals every process of a job; without its helper, each semaphore ends in a traceback.
+    """
+    if threading.current_thread() is threading.main_thread():
+        former = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        resource_tracker.ensure_running()
+        signal.signal(signal.SIGUSR1, former)
+
+
+@contextmanager
+def progress(title: str, total: int, *, in_bytes: bool, say: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal; in a log, one line that says how long it will take. Gives what counts the work done."""
+    console = Console(stderr=True)
+    amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
+    columns = (TextColumn(title), BarColumn(), amount, TimeRemainingColumn())
+    began, done, said = time.monotonic(), 0, console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+
+        def advance(amount: int) -> None:
+            nonlocal done, said
+            bar.advance(task, amount)
+            done += amount
+            passed = time.monotonic() - began
+            left = passed * (total - done) / max(done, 1)
+            if not said and passed > 1 and left > _LONG:
+                said = True
+                say(f"{title}: {done / total:.1%} after {passed:.0f} s, about {left / 60:.0f} min to go")
+
+        yield advance
