@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,10 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prepare_index("data.train", str(folder / name))
     index = ShardIndex.load(folder / "bad" / FILE_NAME)
     shard = int(index.shard_of(np.array([FLIPPED]))[0])
-    flip_byte(Path(index.shard_path(shard)), int(index.samples["offset"][FLIPPED]) + 70)
+    tar = Path(index.shard_path(shard))
+    before = tar.stat()
+    flip_byte(tar, int(index.samples["offset"][FLIPPED]) + 70)
+    os.utime(tar, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a failing disk does: unnoticed when it starts
     return folder
 
 

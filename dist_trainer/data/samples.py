@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from dist_trainer.data.augment import Augment, Box, CenterCrop, crop_boxes
+from dist_trainer.data.augment import Augment, CenterCrop, crop_boxes
 from dist_trainer.data.batch import Batch, EvalAddress, SlotAddress
 from dist_trainer.data.config import DataConfig
-from dist_trainer.data.decode import decode, decode_region, resize
+from dist_trainer.data.decode import Box, decode, decode_region, resize
 from dist_trainer.data.health import BadSample
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.order import ClassOrder, EpochOrder, OrderSpec
