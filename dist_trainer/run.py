@@ -10,6 +10,7 @@ import torch
 from dist_trainer import checkpoint
 from dist_trainer.comm import StopRequest, World, on_main
 from dist_trainer.config import TrainConfig
+from dist_trainer.data.decode import decoder_line
 from dist_trainer.data.health import Health
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.order import Kind
@@ -130,6 +131,7 @@ def prepare_data(config: TrainConfig) -> dict[str, Any]:
         for name in names
     }
     notes = [note for _, note in found.values() if note]
+    notes += [decoder_line()] if config.augment.crop is not None else []
     notes += [SAID] if config.data.source == "stream" else []
     return asdict(DataPlace(train=found.get("train", ("", ""))[0], val=found["val"][0], notes=notes))
 

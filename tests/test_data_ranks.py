@@ -261,7 +261,7 @@ def test_storage_that_stays_away_stops_all_ranks_and_loses_no_step(
     wait_for_step(session, tmp_path / "run", 3)
     server.faults = 10**9
     assert session.wait(120) != 0
-    said = [line for line in session.log.read_text().splitlines() if "dist-trainer: stopped at step" in line]
+    said = [line for line in session.log.read_text().splitlines() if "dist-trainer: stopped after step" in line]
     assert len(said) == 1, session.log.read_text()[-3000:]
     assert "s3://bucket/train/" in said[0]
     assert not session.left_after(15)
