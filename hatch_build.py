@@ -18,18 +18,10 @@ class RegionDecoder(BuildHookInterface):  # type: ignore[type-arg]
         if self.target_name != "wheel":
             return
         root = Path(self.root)
-        target = root / FOLDER / "_jpeg_region.so"
+        source, target = root / FOLDER / "jpeg_region.c", root / FOLDER / "_jpeg_region.so"
+        built = target.with_suffix(".built")  # renamed when it is whole: a process may have the old one mapped
         compiler = shlex.split(os.environ.get("CC", "cc"))
-        command = [
-            *compiler,
-            "-O3",
-            "-shared",
-            "-fPIC",
-            "-o",
-            str(target),
-            str(root / FOLDER / "jpeg_region.c"),
-            "-ljpeg",
-        ]
+        command = [*compiler, *"-O3 -shared -fPIC -o".split(), str(built), str(source), "-ljpeg"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             reason = "" if done.returncode == 0 else (done.stderr.strip() or "failed").splitlines()[0]
@@ -41,6 +33,7 @@ class RegionDecoder(BuildHookInterface):  # type: ignore[type-arg]
                 f"region decode of JPEGs is not built ({reason}); Debian: apt install gcc libjpeg-dev", file=sys.stderr
             )
             return
+        built.replace(target)
         build_data["artifacts"].append(str(FOLDER / target.name))
         build_data["pure_python"] = False
         build_data["infer_tag"] = True
