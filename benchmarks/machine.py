@@ -53,7 +53,7 @@ def table(title: str, figures: Figures, peer: str = "peer") -> None:
     print(f"\n{title:<{width}}{'ours':>12}{peer:>16}{'ratio':>8}")
     for name, each in figures.items():
         values = ["" if each[side] is None else text(each[side], each["unit"]) for side in ("ours", "peer")]
-        ratio = "" if each["ratio"] is None else f"{each['ratio']:.2f}"
+        ratio = "" if each["ratio"] is None else f"{each['ratio']:.{3 if each['ratio'] >= 0.1 else 1}g}"
         print(f"{name:<{width}}{values[0]:>12}{values[1]:>16}{ratio:>8}", flush=True)
 
 

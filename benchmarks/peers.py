@@ -1,6 +1,7 @@
 """The usual ways to load JPEGs for training, each as a function that makes an endless iterator of batches.
 
 Decode, RandomResizedCrop(224), flip, a batch: what each peer's documentation shows, with nothing added. One thread.
+Peers are imported where they are used: loader workers of the benchmark import this file too.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import webdataset as wds
 from torch.utils.data import DataLoader
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SIZE = 224
@@ -21,7 +19,9 @@ Peer = Callable[[Path, int], Iterator[Any]]
 """(folder of photographs.py, batch size) -> batches"""
 
 
-def _usual() -> transforms.Compose:
+def _usual() -> Callable[[Any], torch.Tensor]:
+    from torchvision import transforms
+
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(SIZE),
@@ -38,6 +38,8 @@ def tars(folder: Path) -> list[str]:
 
 def webdataset(folder: Path, batch: int) -> Iterator[Any]:
     """The recipe of webdataset's documentation."""
+    import webdataset as wds
+
     return iter(
         wds.WebDataset(tars(folder), shardshuffle=100)
         .shuffle(1000)
@@ -74,6 +76,8 @@ def timm(folder: Path, batch: int) -> Iterator[Any]:
 
 
 def torchvision(folder: Path, batch: int) -> Iterator[Any]:
+    from torchvision.datasets import ImageFolder
+
     loader = DataLoader(ImageFolder(str(folder / "train"), _usual()), batch, shuffle=True, drop_last=True)
     return chain.from_iterable(repeat(loader))
 
