@@ -58,7 +58,7 @@ def decode_figures(arguments: argparse.Namespace) -> Figures:
             continue
         running[name] = batches
     sides = {name: partial(_drain, itertools.islice, batches, count) for name, batches in running.items()}
-    seconds = interleaved(sides, arguments.rounds or (7 if arguments.quick else 21))
+    seconds = interleaved(sides, arguments.rounds or (7 if arguments.quick else 15))
     rate = {name: BATCH * count / each for name, each in seconds.items()}
     return {
         f"{ours} against {peer}": figure(rate[f"ours, {ours}"], rate[peer], "images/s")
