@@ -21,7 +21,7 @@ class RegionDecoder(BuildHookInterface):  # type: ignore[type-arg]
         source, target = root / FOLDER / "jpeg_region.c", root / FOLDER / "_jpeg_region.so"
         built = target.with_suffix(".built")  # renamed when it is whole: a process may have the old one mapped
         compiler = shlex.split(os.environ.get("CC", "cc"))
-        command = [*compiler, *"-O3 -shared -fPIC -o".split(), str(built), str(source), "-ljpeg"]
+        command = [*compiler, *["-O3", "-shared", "-fPIC", "-o"], str(built), str(source), "-ljpeg"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             reason = "" if done.returncode == 0 else (done.stderr.strip() or "failed").splitlines()[0]
