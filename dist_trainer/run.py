@@ -188,6 +188,8 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
     optimizer, loss = build_optimizer(config.optimizer, model), build_loss(config.loss)
     kind = order_of(config, train_index)
     stream = TrainStream(train_index, plan, config.data, config.augment, kind, config.run.seed, world)
+    if note := stream.warning(config.data):
+        terminal.say(note)
     val = EvalStream(val_index, config.data, center_crop(config.eval), config.eval.batch, world)
     resumed_from = _claim(folder, config, what, world, terminal)
     if resumed_from == "complete":

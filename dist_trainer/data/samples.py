@@ -34,6 +34,11 @@ class _Samples(Dataset[Batch]):
         )
         self._shape: tuple[int, ...] | None = None
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether samples come by way of the node's cache."""
+        return self._reader.is_cached
+
     def _place(self, address: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(sample ids int64 [m], whether each counts bool [m], keys uint64 [m])"""
         raise NotImplementedError
