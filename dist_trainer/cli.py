@@ -18,7 +18,7 @@ USAGE = """usage: dist-trainer COMMAND ...
   train CONFIG.yaml [--key.sub value ...]   train, or go on; evaluates and saves (under torchrun: on all ranks)
   eval CONFIG.yaml|RUN [--weights PATH]     exact accuracy of a checkpoint folder or a safetensors file
   plan CONFIG.yaml [--gpus N] [--json]      everything derived, before a node is paid for
-  shards pack SOURCE OUT                    images -> tars and index (SOURCE: a folder, or torchvision/NAME)
+  shards pack SOURCE OUT                    images -> tars and index; --help lists the kinds of SOURCE
   shards index URL... [--out NAME.dtx]      the index of tars that are there (a folder, a brace pattern; local or URLs)
   shards check LOCATION [--level decode]    hold shards against their index; lists bad samples
   ls, cp NAME TARGET                        the shipped configs and scripts

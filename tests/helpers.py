@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from dist_trainer.data.index import ShardIndex
-from dist_trainer.data.pack import FolderSource, pack
+from dist_trainer.data.pack import Recipe, pack
+from dist_trainer.data.pack_sources import FolderSource
 from dist_trainer.data.scan import join, scan_tar
 from dist_trainer.errors import UserError
 
@@ -43,7 +44,7 @@ def pack_images(folder: Path, *, num_samples: int, num_classes: int, per_shard: 
         path.write_bytes(png(rng, height=10, width=12))
     out = folder / "packed"
     source = FolderSource(folder / "images")
-    assert sum(pack(source, out, samples_per_shard=per_shard, seed=0, num_processes=1)) == num_samples
+    assert sum(pack(source, out, Recipe(samples_per_shard=per_shard), num_processes=1)) == num_samples
     return out
 
 

@@ -103,7 +103,7 @@ def run_jobs(world: int, jobs: list[dict[str, Any]], folder: Path, survives: boo
     file = folder / f"jobs-{world}.json"
     file.write_text(json.dumps(jobs))
     session = Session(torchrun(world, str(RANKS / "jobs.py"), str(file), str(folder)), folder / "log", **environment)
-    status = session.wait(timeout=400)
+    status = session.wait(timeout=150)
     assert (status == 0) == survives, session.log.read_text()[-6000:]
 
 

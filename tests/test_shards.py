@@ -1,4 +1,4 @@
-"""Tars and their index: what `pack` writes, and what `scan`, the index and the reader refuse."""
+"""Tars and their index: what the index says, and what `scan`, the index and the reader refuse."""
 
 import io
 import shutil
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import webdataset
 from helpers import (
     flip_byte,
     index_of,
@@ -24,7 +23,6 @@ from PIL import Image
 
 from dist_trainer.data.augment import CenterCrop
 from dist_trainer.data.index import FILE_NAME, SAMPLE, ShardIndex
-from dist_trainer.data.pack import FolderSource, pack
 from dist_trainer.data.read import TarReader
 from dist_trainer.data.stream import EvalAddress, EvalSamples
 from dist_trainer.errors import UserError
@@ -50,34 +48,6 @@ def refused(call: Callable[[], object]) -> str:
     with pytest.raises(UserError) as caught:
         call()
     return message(caught)
-
-
-# What pack writes
-
-
-def test_packed_tars_are_plain_webdataset_tars(packed: Path) -> None:
-    """webdataset with no option reads every image and label of the folder, byte for byte, and nothing else.
-
-    Fails when a label is off by one, an image is encoded again, or another member is added.
-    """
-    files = sorted((packed.parent / "images").glob("*/*.png"))
-    seen = set()
-    for sample in webdataset.WebDataset(str(packed / "{000000..000002}.tar")):
-        assert {key for key in sample if not key.startswith("__")} == {"png", "cls"}
-        number = int(sample["__key__"])
-        seen.add(number)
-        assert sample["png"] == files[number].read_bytes()
-        assert files[number].parent.name == f"class_{int(sample['cls'])}"
-    assert len(seen) == NUM_SAMPLES
-    names = [name for tar in sorted(packed.glob("*.tar")) for name in members_of(tar)]
-    assert sorted(names) == sorted(f"{n:08d}.{suffix}" for n in range(NUM_SAMPLES) for suffix in ("cls", "png"))
-
-
-def test_samples_are_shuffled_over_the_tars(packed: Path) -> None:
-    """Fails when the tars hold one class after another."""
-    labels = ShardIndex.load(packed / FILE_NAME).samples["label"].tolist()
-    assert labels != sorted(labels)
-    assert [labels.count(label) for label in range(NUM_CLASSES)] == [8, 8, 7]
 
 
 def test_the_index_says_what_pythons_tarfile_says(packed: Path) -> None:
@@ -111,15 +81,6 @@ def test_the_fingerprint_is_that_of_the_samples_not_of_their_place(packed: Path,
     labels = index.samples.copy()
     labels["label"][4] += 1
     assert replace(index, samples=labels).fingerprint != index.fingerprint
-
-
-def test_pack_refuses_to_overwrite(packed: Path) -> None:
-    """Fails when an existing folder is replaced, or added to."""
-    before = {path.name: path.read_bytes() for path in packed.iterdir()}
-    source = FolderSource(packed.parent / "images")
-    text = refused(lambda: list(pack(source, packed, samples_per_shard=4, seed=1, num_processes=1)))
-    assert text.startswith(f"{packed}: exists")
-    assert {path.name: path.read_bytes() for path in packed.iterdir()} == before
 
 
 IMAGE = png(np.random.default_rng(2))

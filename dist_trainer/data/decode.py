@@ -34,8 +34,9 @@ def decode(data: bytes, channels: int) -> torch.Tensor:
 
 def _by_pillow(data: bytes, channels: int) -> torch.Tensor:
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as opened:
             warnings.simplefilter("ignore")
+            image: Image.Image = opened
             if image.mode.startswith("I"):  # grey of 16 bits, which `convert` would clamp: 257 levels to one
                 image = Image.fromarray((np.array(image) // 257).astype(np.uint8))
             array = np.array(image if image.mode == _PIL_MODES[channels] else image.convert(_PIL_MODES[channels]))

@@ -66,6 +66,8 @@ def main() -> None:
         observe(run, stop, job, folder)
         finish_run(run, train(run))
     comm.shutdown()
+    sys.stdout.flush()
+    os._exit(0)  # as the command line does: loaders of earlier jobs are not waited for
 
 
 if __name__ == "__main__":
