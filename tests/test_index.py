@@ -281,7 +281,6 @@ def test_mistakes_are_named_with_what_to_do(
         ([folder], {"out": tmp_path / "x.txt"}, "ends in .dtx"),
         ([folder], {"out": tmp_path / "none" / "x.dtx"}, "its folder is not there"),
         ([folder], {"label": "json"}, "--label"),
-        ([folder], {"classes": str(tmp_path / "list.txt")}, "'a' stands there twice"),
         ([folder], {"classes": str(tmp_path / "none.txt")}, "none.txt"),
         ([tmp_path / "x.dtx"], {}, "is an index"),
     ):
@@ -321,6 +320,9 @@ def test_a_class_list_fixes_numbers_and_set(tmp_path: Path) -> None:
     assert index.samples["label"].tolist() == [0, 2, 0]
     (tmp_path / "few.txt").write_text("dog\n")
     few = str(tmp_path / "few.txt")
+    (tmp_path / "twice.txt").write_text("crane\ncrane\nmaillot\n")  # ImageNet's are called so
+    twice = str(tmp_path / "twice.txt")
+    assert "'crane' stands twice in the class list" in refused(tmp_path, label="key", classes=twice)[0]
     lines = refused(tmp_path, label="key", classes=few)
     assert lines[0].startswith(f"{tmp_path}: a problem in 1 shard; ")
     assert "'ant' is not in the class list" in lines[1]
@@ -328,6 +330,7 @@ def test_a_class_list_fixes_numbers_and_set(tmp_path: Path) -> None:
     assert index.samples["label"].tolist() == [0, BAD, 0]
     assert index.samples["length"].tolist() == [len(IMAGE), 0, len(IMAGE)]
     write_tar(tmp_path / "0.tar", sample_members(6))
+    assert indexed(tmp_path, classes=twice).class_names == ("crane", "crane", "maillot")
     (line,) = refused(tmp_path, classes=few)
     assert "4 of 6 labels are beyond the class list, which has 1 classes, and the largest is 2" in line
     assert indexed(tmp_path).class_names == ("dog", "bee", "ant")
