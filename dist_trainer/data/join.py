@@ -67,8 +67,8 @@ def join(
         raise UserError(f"{names[0]}: the tars hold no samples")
     if largest >= num_classes:
         raise UserError(
-            f"{root}: {int((labels >= num_classes).sum()):,} of {len(labels):,} labels are beyond the class list, which has "
-            f"{num_classes:,} classes, and the largest is {largest:,}; give the list that belongs to these tars"
+            f"{root}: {int((labels >= num_classes).sum()):,} of {len(labels):,} labels are beyond the class list, "
+            f"which has {num_classes:,} classes, and the largest is {largest:,}; give the list that belongs to these tars"
         )
     name_bytes, name_ends = join_names(files) if files else (None, None)
     return ShardIndex(
