@@ -68,7 +68,7 @@ def join(
     if largest >= num_classes:
         raise UserError(
             f"{root}: {int((labels >= num_classes).sum()):,} of {len(labels):,} labels are beyond the class list, "
-            f"which has {num_classes:,} classes, and the largest is {largest:,}; give the list that belongs to these tars"
+            f"which has {num_classes:,} classes, and the largest is {largest:,}; give the list of these tars"
         )
     name_bytes, name_ends = join_names(files) if files else (None, None)
     return ShardIndex(
