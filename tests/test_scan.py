@@ -64,7 +64,7 @@ def tar(tmp_path: Path) -> Path:
 def test_members_are_those_that_webdataset_and_tarfile_see(tmp_path: Path, form: int) -> None:
     """Folders before and between samples, links, names of 150 letters and in UTF-8, metadata, columns beside the image.
 
-    webdataset gives keys, labels and bytes; tarfile gives places. Fails when a long name is cut, or a folder's bytes
+    webdataset gives keys, labels and bytes; tarfile gives places. Fails when a long name is cut, or a link's bytes
     are skipped though it has none.
     """
     long = "n01440764_" + "x" * 60 + "/" + "y" * 80
@@ -83,8 +83,8 @@ def test_members_are_those_that_webdataset_and_tarfile_see(tmp_path: Path, form:
         for member in members:
             info = member if isinstance(member, tarfile.TarInfo) else tarfile.TarInfo(member[0])
             data = b"" if isinstance(member, tarfile.TarInfo) else member[1]
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
+            info.size = 5000 if info is link else len(data)  # some tools give links a size, and no bytes
+            file.addfile(info, io.BytesIO(data) if data else None)
     expected = []
     places = members_of(path)
     for sample in webdataset.WebDataset(str(path)):

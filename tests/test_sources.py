@@ -236,6 +236,7 @@ def test_validation_gets_the_class_list_of_training() -> None:
         (("a",), ("v", "w", "x", "y", "z"), "1 only in data.train (a); 5 only in data.val (v, w, x, ...)"),
         (NUMBERS, ("v", "w"), "have names (v, w), while those of data.train are numbers"),
         (("a", "b"), NUMBERS, "labels go up to 4, and data.train has 2 classes"),
+        (("crane", "crane", "owl"), ("owl", "crane", "crane"), "share a name, and stand in another order"),
         (("0", "1", "10", "2"), ("0", "1", "2", "3"), "1 only in data.train (10); 1 only in data.val (3)"),
     ],
 )

@@ -22,11 +22,6 @@ def read_classes(location: str, storage: Storage) -> tuple[str, ...]:
     except UnicodeDecodeError:
         raise UserError(f"{location}: not UTF-8 text; a class list has one name per line") from None
     names = tuple(line.strip() for line in lines if line.strip())
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise UserError(f"{location}: {name!r} stands there twice; a class list has one name per line")
-        seen.add(name)
     if not names:
         raise UserError(f"{location}: no class in it; a class list has one name per line")
     return names
@@ -87,6 +82,8 @@ def match_classes(train: ShardIndex, val: ShardIndex) -> ShardIndex:
         raise UserError(
             f"data.val: its classes are not those of data.train ({val.num_classes:,} and {train.num_classes:,}): {said}"
         )
+    if len(ours) < train.num_classes or len(theirs) < val.num_classes:
+        raise UserError("data.val: some of its classes share a name, and stand in another order than in data.train")
     numbers = {name: number for number, name in enumerate(train.class_names)}
     table = np.array([*(numbers[name] for name in val.class_names), BAD], np.int32)  # BAD, -1, takes the last
     samples: Any = val.samples.copy()

@@ -45,7 +45,11 @@ def join(
     UserError for more than `allow_bad` problems (`advice` says what to do; a line for each of the first 20 follows),
     for labels beyond `class_names`, for a mixture of names and numbers, and when no sample is left.
     """
-    order = {name: number for number, name in enumerate(class_names or _names_found(scans, root))}
+    class_names = tuple(class_names) or _names_found(scans, root)
+    order = {name: number for number, name in enumerate(class_names)}
+    if len(order) < len(class_names) and any(scan.names for scan in scans):
+        twice = next(name for number, name in enumerate(class_names) if order[name] != number)
+        raise UserError(f"{root}: {twice!r} stands twice in the class list; as a label it must be one class")
     scans = [_with_numbers(scan, order) for scan in scans]
     first = np.cumsum([0, *(len(scan.samples) for scan in scans)]).astype(np.uint64)
     problems = [
@@ -58,12 +62,13 @@ def join(
     samples = np.concatenate([scan.samples for scan in scans])
     labels, files = samples["label"], [file for scan in scans for file in scan.files]
     largest = int(labels.max(initial=BAD))
+    num_classes = len(class_names) or largest + 1
     if largest == BAD:
         raise UserError(f"{names[0]}: the tars hold no samples")
-    if order and largest >= len(order):
+    if largest >= num_classes:
         raise UserError(
-            f"{root}: {int((labels >= len(order)).sum()):,} of {len(labels):,} labels are beyond the class list, which "
-            f"has {len(order):,} classes, and the largest is {largest:,}; give the list that belongs to these tars"
+            f"{root}: {int((labels >= num_classes).sum()):,} of {len(labels):,} labels are beyond the class list, "
+            f"which has {num_classes:,} classes, and the largest is {largest:,}; give the list of these tars"
         )
     name_bytes, name_ends = join_names(files) if files else (None, None)
     return ShardIndex(
@@ -73,7 +78,7 @@ def join(
         sizes=np.array([scan.size for scan in scans], np.uint64),
         first=first,
         samples=samples,
-        class_names=tuple(order) or tuple(str(number) for number in range(largest + 1)),
+        class_names=class_names or tuple(str(number) for number in range(num_classes)),
         label_rule=label_rule,
         problems=tuple(problems),
         names=name_bytes,
@@ -81,9 +86,9 @@ def join(
     )
 
 
-def _names_found(scans: Sequence[ShardScan], root: str) -> list[str]:
+def _names_found(scans: Sequence[ShardScan], root: str) -> tuple[str, ...]:
     """The sorted class names of all shards; none where labels are numbers."""
-    names = sorted({name for scan in scans for name in scan.names})
+    names = tuple(sorted({name for scan in scans for name in scan.names}))
     if names and any((scan.samples["label"] >= 0).any() for scan in scans):
         raise UserError(
             f"{root}: some labels are numbers and some are names, such as {names[0]!r}; give the list of all classes: "
