@@ -42,8 +42,8 @@ def _pack(argv: list[str]) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from dist_trainer.data.pack import Recipe, pack, unfinished
-    from dist_trainer.data.pack_splits import find_splits
+    from dist_trainer.shards.pack import Recipe, pack, unfinished
+    from dist_trainer.shards.pack_splits import find_splits
 
     chosen = {name: values[name] for name in ("samples_per_shard", "seed", "max_side", "quality")}
     recipe = Recipe(**{name: value for name, value in chosen.items() if value is not None})
@@ -87,7 +87,7 @@ def _index(argv: list[str]) -> int:
     _check_processes(values.processes)
     if values.allow_bad < 0:
         raise UserError(f"--allow_bad: {values.allow_bad} is negative")
-    from dist_trainer.data.sources import index_shards
+    from dist_trainer.shards.sources import index_shards
 
     print(
         index_shards(
@@ -118,8 +118,8 @@ def _check(argv: list[str]) -> int:
     _add_processes(parser)
     values = parse(parser, argv)
     _check_processes(values.processes)
-    from dist_trainer.data.check import check_index
-    from dist_trainer.data.sources import find_index
+    from dist_trainer.shards.check import check_index
+    from dist_trainer.shards.sources import find_index
 
     index = find_index(values.location, options=values.storage_options)
     found = check_index(index, values.level, options=values.storage_options, num_processes=values.processes, say=print)

@@ -14,7 +14,6 @@ from dist_trainer.data.decode import decoder_line
 from dist_trainer.data.health import Health
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.order import Kind
-from dist_trainer.data.sources import is_class_sorted, local_index, match_classes, open_index, prepare_index
 from dist_trainer.data.stream import EvalStream, TrainStream, order_samples
 from dist_trainer.data.unindexed import SAID
 from dist_trainer.engine import Engine, build_engine
@@ -27,6 +26,7 @@ from dist_trainer.log.tracker import Tracker
 from dist_trainer.models import build_model
 from dist_trainer.plan import Duration, Plan, make_plan
 from dist_trainer.run_folder import RunFolder, auto_name, git_revision, identity
+from dist_trainer.shards.sources import is_class_sorted, local_index, match_classes, open_index, prepare_index
 from dist_trainer.step_sums import StepSums
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.learning_rate import LearningRate

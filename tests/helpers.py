@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from dist_trainer.data.index import ShardIndex
-from dist_trainer.data.pack import Recipe, pack
-from dist_trainer.data.pack_sources import FolderSource
-from dist_trainer.data.scan import join, scan_tar
 from dist_trainer.errors import UserError
+from dist_trainer.shards.pack import Recipe, pack
+from dist_trainer.shards.pack_sources import FolderSource
+from dist_trainer.shards.scan import join, scan_tar
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("no deadline")

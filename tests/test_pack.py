@@ -28,10 +28,10 @@ from torchvision.datasets import imagenet as torchvision_imagenet
 
 from dist_trainer.cli import dispatch
 from dist_trainer.data.index import FILE_NAME, ShardIndex
-from dist_trainer.data.pack import MANIFEST, Recipe, pack, partial_folder
-from dist_trainer.data.pack_sources import FolderSource
-from dist_trainer.data.pack_splits import find_splits
 from dist_trainer.errors import UserError
+from dist_trainer.shards.pack import MANIFEST, Recipe, pack, partial_folder
+from dist_trainer.shards.pack_sources import FolderSource
+from dist_trainer.shards.pack_splits import find_splits
 
 CLASSES = ("ant", "bee", "cat")
 

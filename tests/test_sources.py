@@ -13,7 +13,8 @@ from helpers import index_of, members_of, message, sample_members, write_tar
 
 from dist_trainer.data import storage
 from dist_trainer.data.index import BAD, FILE_NAME, SAMPLE, ShardIndex
-from dist_trainer.data.sources import (
+from dist_trainer.errors import LocalError, UserError
+from dist_trainer.shards.sources import (
     find_index,
     index_shards,
     is_class_sorted,
@@ -21,7 +22,6 @@ from dist_trainer.data.sources import (
     open_index,
     prepare_index,
 )
-from dist_trainer.errors import LocalError, UserError
 
 
 def refused(call: Callable[[], object]) -> str:

@@ -13,6 +13,7 @@ FLOORS = [
     [{"errors"}],
     [{"keyed", "plan", "comm", "named", "processes"}],
     [{"data/"}, {"tricks/"}, {"models"}, {"log/"}],
+    [{"shards/"}],
     [{"inference", "engine", "zero_state", "checkpoint", "evaluate", "step_sums"}],
     [{"config", "run_folder"}],
     [{"run", "plan_report", "evaluation_run"}, {"arguments"}],

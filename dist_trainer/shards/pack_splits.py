@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from dist_trainer.data.pack_imagenet import ARCHIVES, imagenet_split
-from dist_trainer.data.pack_labels import LabelledFolder
-from dist_trainer.data.pack_sources import FolderSource, Labels, Source, require_classes, torchvision_splits
 from dist_trainer.errors import UserError
 from dist_trainer.keyed import SPLIT, permutation
+from dist_trainer.shards.pack_imagenet import ARCHIVES, imagenet_split
+from dist_trainer.shards.pack_labels import LabelledFolder
+from dist_trainer.shards.pack_sources import FolderSource, Labels, Source, require_classes, torchvision_splits
 
 SPLITS = ("train", "val")
 

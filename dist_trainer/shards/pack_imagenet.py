@@ -15,8 +15,8 @@ from typing import IO
 
 import numpy as np
 
-from dist_trainer.data.pack_sources import ListedImages, Source, is_image, require_classes
 from dist_trainer.errors import UserError
+from dist_trainer.shards.pack_sources import ListedImages, Source, is_image, require_classes
 
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"

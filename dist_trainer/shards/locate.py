@@ -8,11 +8,11 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from dist_trainer.data.build import ShardSet
-from dist_trainer.data.image_folder import class_folders, holds_images
 from dist_trainer.data.index import FILE_NAME
 from dist_trainer.data.storage import Storage, is_remote
 from dist_trainer.errors import UserError
+from dist_trainer.shards.build import ShardSet
+from dist_trainer.shards.image_folder import class_folders, holds_images
 
 INDEX_SUFFIX = ".dtx"
 

@@ -7,17 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.data.build import ShardSet, build_index
 from dist_trainer.data.cache import local_copy
-from dist_trainer.data.classes import CLASSES, is_class_sorted, match_classes, read_classes
 from dist_trainer.data.config import DataConfig
-from dist_trainer.data.freshness import check_content, check_shards, is_current
 from dist_trainer.data.index import ShardIndex
-from dist_trainer.data.labels import LabelRule
-from dist_trainer.data.locate import INDEX_SUFFIX, Place, locate, rooted
 from dist_trainer.data.storage import Storage, is_remote
 from dist_trainer.errors import LocalError, UserError
 from dist_trainer.processes import cores
+from dist_trainer.shards.build import ShardSet, build_index
+from dist_trainer.shards.classes import CLASSES, is_class_sorted, match_classes, read_classes
+from dist_trainer.shards.freshness import check_content, check_shards, is_current
+from dist_trainer.shards.labels import LabelRule
+from dist_trainer.shards.locate import INDEX_SUFFIX, Place, locate, rooted
 
 __all__ = [
     "describe",

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dist_trainer.data.index import BAD, Problem, ShardIndex
-from dist_trainer.data.join import ShardScan
-from dist_trainer.data.scan import IMAGE_SUFFIXES, measure, rows
 from dist_trainer.errors import UserError
+from dist_trainer.shards.join import ShardScan
+from dist_trainer.shards.scan import IMAGE_SUFFIXES, measure, rows
 
 
 def class_folders(root: Path) -> list[str]:

@@ -22,11 +22,11 @@ import webdataset
 from PIL import Image
 
 from dist_trainer.data.index import FILE_NAME, SAMPLE
-from dist_trainer.data.pack_sources import Source
-from dist_trainer.data.scan import LABEL_SUFFIX, ShardScan, join, scan_tar
 from dist_trainer.errors import UserError
 from dist_trainer.keyed import permutation
 from dist_trainer.processes import die_with_parent
+from dist_trainer.shards.pack_sources import Source
+from dist_trainer.shards.scan import LABEL_SUFFIX, ShardScan, join, scan_tar
 
 MANIFEST = "pack.json"
 CLASSES = "classes.txt"

@@ -5,9 +5,9 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
-from dist_trainer.data.pack_sources import ListedImages, few, images_below, require_classes, suffix_of
-from dist_trainer.data.scan import IMAGE_SUFFIXES
 from dist_trainer.errors import UserError
+from dist_trainer.shards.pack_sources import ListedImages, few, images_below, require_classes, suffix_of
+from dist_trainer.shards.scan import IMAGE_SUFFIXES
 
 
 def _bare(name: str) -> str:

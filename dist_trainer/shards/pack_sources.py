@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dist_trainer.data.scan import IMAGE_SUFFIXES
 from dist_trainer.errors import UserError, nearest
+from dist_trainer.shards.scan import IMAGE_SUFFIXES
 
 Labels = npt.NDArray[np.int64]
 
