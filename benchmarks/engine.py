@@ -15,9 +15,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -25,7 +27,9 @@ from machine import Figures, figure, machine, parser, save
 
 from dist_trainer import comm
 from dist_trainer.comm import StopRequest
-from dist_trainer.data.stream import Batch, SlotAddress
+from dist_trainer.data.batch import Batch, SlotAddress
+from dist_trainer.data.health import Health
+from dist_trainer.data.index import SAMPLE, ShardIndex
 from dist_trainer.engine import EngineConfig, build_engine
 from dist_trainer.inference import Preprocess
 from dist_trainer.log.meter import Meter
@@ -45,6 +49,13 @@ MODELS = {
     "resnet18_64px": ("torchvision/resnet18", {}, 3, 64, 32, 3, 1),
 }
 MEAN, STD = 0.5, 0.25
+
+
+def no_samples() -> ShardIndex:
+    none = np.zeros(0, np.uint64)
+    return ShardIndex(
+        root="", shards=(), stamps=(), sizes=none, first=none, samples=np.zeros(0, SAMPLE), class_names=()
+    )
 
 
 def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[int], None]]:
@@ -95,19 +106,22 @@ def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[in
             Preprocess(mean=[MEAN] * channels, std=[STD] * channels, channels_last=True),
             0,
         )
-        batch_norm, meter = RunningStatistics(engine.module), Meter()
+        batch_norm, meter, health = RunningStatistics(engine.module), Meter(), Health(no_samples(), "auto", "train")
         run: Any = SimpleNamespace(
             engine=engine,
             learning_rate=LearningRate(LearningRateConfig(peak=0.01), plan),
             meter=meter,
-            sums=StepSums(plan, batch_norm, meter, StopRequest(), world.device),
+            sums=StepSums(plan, batch_norm, meter, health, Path(os.devnull), StopRequest(), world),
+            health=health,
             progress=Progress(),
         )
         ones, ids = torch.ones(size), torch.zeros(size, dtype=torch.int64)
 
         def steps(count: int) -> None:
             for step in range(count):
-                batch = Batch(images[step % 8], labels[step % 8], ones, ids, SlotAddress(step, world.rank))
+                batch = Batch(
+                    images[step % 8], labels[step % 8], ones, ids, SlotAddress(step, world.rank), num_valid=size
+                )
                 train_step(run, step, iter([batch]))
             run.sums.finish()
 
