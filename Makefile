@@ -10,13 +10,22 @@ RAW := data/raw/FashionMNIST/raw
 RUNS := runs/demo
 DEBIAN := /usr/share/datasets/fashion-mnist
 
+# What the region decoder is built with. Without it everything works, crops of JPEGs more slowly.
+define TOOLS
+if ! echo '#include <stdio.h>\n#include <jpeglib.h>' | sed 's/\\n/\n/' | cc -E - >/dev/null 2>&1; then \
+  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+    (apt-get install -y -qq gcc libc6-dev libjpeg-dev || (apt-get update -qq; apt-get install -y -qq gcc libc6-dev libjpeg-dev)) >/dev/null 2>&1 || true; \
+  else echo "region decode of JPEGs will not be built: no C compiler or no jpeglib.h (Debian: gcc libjpeg-dev)"; fi; fi
+endef
+
 .PHONY: install test-needs demo test test-slow lint data
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
 test-needs: $(VENV)/installed-test
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt hatch_build.py dist_trainer/data/jpeg_region.c
+	@$(TOOLS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch torchvision
 	$(BIN)/pip install -q -c constraints.txt -e .

@@ -9,21 +9,19 @@ all of them. Figures are medians over the rounds; the ratio is theirs.
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from machine import Figures, figure, machine, parser, save
 
 from dist_trainer import comm
 from dist_trainer.comm import StopRequest
@@ -121,9 +119,9 @@ def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[in
     return sides
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def measure(arguments: argparse.Namespace) -> Figures:
     world = comm.init()
-    results: dict[str, dict[str, Any]] = {}
+    results: Figures = {}
     for name, (*_, steps_full, steps_quick) in MODELS.items():
         count = steps_quick if arguments.quick else steps_full
         for precision in ("bf16",) if arguments.quick else ("bf16", "fp32"):
@@ -142,29 +140,23 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
                         times[side].append((time.perf_counter() - start) / count)
             for side in list(sides)[1:]:
                 ours, peer = statistics.median(times[side]), statistics.median(times["bare DDP"])
-                results[f"{name}, {precision}, {side}"] = {
-                    "ours": ours, "peer": peer, "ratio": ours / peer, "unit": "s"
-                }  # fmt: skip
+                results[f"{name}, {precision}, {side}"] = figure(ours, peer)
             del sides
     if world.is_main:
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
-        print(f"{platform.machine()}, {device}, {world.size} ranks, torch {torch.__version__}")
+        print(f"{machine()}, {world.size} ranks")
         print(f"{'':<38}{'ours ms':>9}{'bare DDP ms':>13}{'ratio':>8}")
         for key, r in results.items():
             print(f"{key:<38}{r['ours'] * 1e3:>9.2f}{r['peer'] * 1e3:>13.2f}{r['ratio']:>8.3f}")
-        if arguments.json:
-            Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+        save(arguments.json, results)
     comm.shutdown()
     return results
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="bf16 only, fewer steps: within a minute")
-    parser.add_argument("--json", help="write the figures to this file")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=None)
-    arguments = parser.parse_args()
+    options = parser(__doc__, "bf16 only, fewer steps")
+    options.add_argument("--ranks", type=int, default=2)
+    options.add_argument("--rounds", type=int, default=None)
+    arguments = options.parse_args()
     arguments.rounds = arguments.rounds or (9 if arguments.quick else 11)
     if "RANK" in os.environ:
         measure(arguments)

@@ -10,6 +10,7 @@ import torch
 from dist_trainer import checkpoint
 from dist_trainer.comm import StopRequest, World, on_main
 from dist_trainer.config import TrainConfig
+from dist_trainer.data.decode import decoder_line
 from dist_trainer.data.health import Health
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.order import Kind
@@ -130,6 +131,7 @@ def prepare_data(config: TrainConfig) -> dict[str, Any]:
         for name in names
     }
     notes = [note for _, note in found.values() if note]
+    notes += [decoder_line()] if config.augment.crop is not None else []
     notes += [SAID] if config.data.source == "stream" else []
     return asdict(DataPlace(train=found.get("train", ("", ""))[0], val=found["val"][0], notes=notes))
 
@@ -186,6 +188,8 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
     optimizer, loss = build_optimizer(config.optimizer, model), build_loss(config.loss)
     kind = order_of(config, train_index)
     stream = TrainStream(train_index, plan, config.data, config.augment, kind, config.run.seed, world)
+    if note := stream.warning(config.data):
+        terminal.say(note)
     val = EvalStream(val_index, config.data, center_crop(config.eval), config.eval.batch, world)
     resumed_from = _claim(folder, config, what, world, terminal)
     if resumed_from == "complete":

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from dist_trainer import checkpoint
 from dist_trainer.comm import on_main
@@ -21,6 +21,8 @@ def train(run: Run) -> str | None:
         validate(run)  # a stop came between a step and its evaluation
     for step, batches in run.stream.steps(start=progress.step):
         train_step(run, step, batches)
+        if run.health.outage:
+            give_up(run, run.health.outage)
         if plan.due(progress.step, run.every.log):
             sums.finish()
             run.tracker.train(progress.step, training_metrics(run))
@@ -30,9 +32,8 @@ def train(run: Run) -> str | None:
             save(run)
         if sums.stop:
             return sums.stop
-        if reason := run.health.outage or run.health.over_budget:
-            save(run)
-            raise UserError(f"stopped at step {progress.step}, saved: {reason}")
+        if run.health.over_budget:
+            give_up(run, run.health.over_budget)
         if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
                 f"step {progress.step}: the gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in a row; none was "
@@ -50,6 +51,12 @@ def train_step(run: Run, step: int, batches: Iterator[Batch]) -> None:
     run.sums.exchange(applied)  # asynchronous: takes in the step before
     if not run.health.outage:  # then the step is to be done again, with its data
         run.progress.count(applied)
+
+
+def give_up(run: Run, reason: str) -> NoReturn:
+    """Save what has been reached, and raise UserError: bad data and lost storage stop every rank at the same step."""
+    save(run)
+    raise UserError(f"stopped after step {run.progress.step}, saved; start again to go on: {reason}")
 
 
 def training_metrics(run: Run) -> dict[str, float | int]:

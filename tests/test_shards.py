@@ -22,9 +22,13 @@ from helpers import (
 from PIL import Image
 
 from dist_trainer.data.augment import CenterCrop
+from dist_trainer.data.batch import EvalAddress
+from dist_trainer.data.cache import CacheConfig
+from dist_trainer.data.config import DataConfig
 from dist_trainer.data.index import FILE_NAME, SAMPLE, ShardIndex
-from dist_trainer.data.read import TarReader
-from dist_trainer.data.stream import EvalAddress, EvalSamples
+from dist_trainer.data.read import Bad, Reader
+from dist_trainer.data.retry import RetryConfig
+from dist_trainer.data.samples import EvalSamples
 from dist_trainer.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:WebDataset:UserWarning")  # it is used without options on purpose
@@ -84,6 +88,7 @@ def test_the_fingerprint_is_that_of_the_samples_not_of_their_place(packed: Path,
 
 
 IMAGE = png(np.random.default_rng(2))
+CONFIG = DataConfig(train="", val="")
 A = [("a.cls", b"0"), ("a.png", IMAGE)]
 
 # What the index and the reader refuse
@@ -110,17 +115,17 @@ def test_a_flipped_byte_of_an_image_is_reported_with_tar_and_sample(copy: Path) 
     sample = 11  # the third of 000001.tar, which holds samples 9 to 17
     place = int(index.samples["offset"][sample])
     flip_byte(copy / "000001.tar", place + 40)
-    reader = TarReader(index)
+    reader = Reader(index, retry=RetryConfig(), cache=CacheConfig())
     others = [i for i in range(NUM_SAMPLES) if i != sample]
-    assert len(list(reader.read(np.array(others)))) == NUM_SAMPLES - 1
-    text = refused(lambda: list(reader.read(np.array([sample]))))
-    assert text.startswith(f"{copy / '000001.tar'}, sample 2 at byte {place}: ")
+    assert all(isinstance(data, bytes) for data in reader.read(np.array(others)))
+    assert reader.read(np.array([0, sample]))[1] == Bad("crc", "the bytes are not those that were indexed")
+    assert index.describe(sample) == f"{copy / '000001.tar'}, sample 2 at byte {place}"
 
 
-def test_an_unreadable_image_is_named_by_the_problem_of_its_batch(tmp_path: Path) -> None:
-    """A web page called .jpg, indexed with its own checksum: the batch says which sample, and does not raise.
+def test_an_unreadable_image_loses_its_weight_and_is_named(tmp_path: Path) -> None:
+    """A web page called .jpg, indexed with its own checksum, beside a good image whose pixels and label it takes.
 
-    Fails when a decoder's exception leaves the loader, or the sample's name is lost.
+    Fails when a decoder's exception leaves the loader, the sample counts, or its name is lost.
     """
     page = b"<html>404 Not Found</html>"
     path = write_tar(tmp_path / "page.tar", [*A, ("b.cls", b"1"), ("b.jpg", page)])
@@ -136,19 +141,22 @@ def test_an_unreadable_image_is_named_by_the_problem_of_its_batch(tmp_path: Path
         samples=np.array(rows, SAMPLE),
         class_names=("zero", "one"),
     )
-    samples = EvalSamples(index, CenterCrop(None, None), 3)
-    good, bad = samples[EvalAddress(0, 1)], samples[EvalAddress(1, 1)]
-    assert good.problem is None
-    assert np.array_equal(good.images[0].numpy(), pixels(IMAGE))
-    assert bad.problem is not None
-    assert bad.problem.startswith(f"{path}, sample 1 at byte {places[1][0]}: ")
-    assert "\n" not in bad.problem
+    samples = EvalSamples(index, CONFIG, CenterCrop(None, None))
+    batch = samples[EvalAddress(0, 2)]
+    assert batch.problem is None
+    assert all(np.array_equal(image.numpy(), pixels(IMAGE)) for image in batch.images)
+    assert (batch.weight.tolist(), batch.labels.tolist(), batch.num_valid) == ([1.0, 0.0], [0, 0], 1)
+    (bad,) = batch.bad
+    assert (bad.sample, bad.kind, bad.shard) == (1, "decode", str(path))
+    assert "\n" not in bad.reason
+    alone = samples[EvalAddress(1, 1)]  # nothing good in the batch: blank, once a shape is known
+    assert (alone.weight.tolist(), int(alone.images.sum()), len(alone.bad)) == ([0.0], 0, 1)
 
 
 def test_images_of_two_sizes_in_one_batch_are_a_problem_that_names_the_remedy(tmp_path: Path) -> None:
     """Fails when the first image's shape is assumed for all."""
     rng = np.random.default_rng(0)
     path = write_tar(tmp_path / "two.tar", [*A, ("b.cls", b"1"), ("b.png", png(rng, 8, 9))])
-    problem = EvalSamples(index_of(path), CenterCrop(None, None), 3)[EvalAddress(0, 2)].problem
+    problem = EvalSamples(index_of(path), CONFIG, CenterCrop(None, None))[EvalAddress(0, 2)].problem
     assert problem is not None
     assert "augment.crop" in problem

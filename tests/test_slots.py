@@ -1,6 +1,5 @@
 """Slots to batches without processes: which rank runs what, and that a batch depends on its address alone."""
 
-import io
 import pickle
 from collections import Counter
 from collections.abc import Sequence
@@ -11,14 +10,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import index_of, message, pack_images, pixels, sample_members, write_tar
-from PIL import Image
 
 from dist_trainer.comm import World
 from dist_trainer.data.augment import Augment, AugmentConfig, CenterCrop, CropConfig, crop_boxes
 from dist_trainer.data.batch import Batch, SlotAddress
 from dist_trainer.data.cache import CacheConfig
 from dist_trainer.data.config import DataConfig
-from dist_trainer.data.decode import decode
 from dist_trainer.data.index import FILE_NAME, ShardIndex
 from dist_trainer.data.order import OrderSpec
 from dist_trainer.data.read import Reader
@@ -201,38 +198,6 @@ def test_crops_are_drawn_per_sample_epoch_and_seed(index: ShardIndex) -> None:
         assert sum(torch.equal(first[i], other[i]) for i in first) < NUM_SAMPLES // 4
     keys = Augment(config, 3).keys(np.zeros(20, np.int64), np.arange(20), 0)
     assert len({tuple(box) for box in crop_boxes(CropConfig(size=6), np.full(20, 12), np.full(20, 10), keys)}) > 10
-
-
-LEVELS = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
-
-
-def encoded(image: Image.Image, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize("kind", ["PNG RGB", "PNG RGBA", "PNG L", "PNG P", "JPEG L", "JPEG CMYK", "WEBP RGB"])
-def test_every_kind_of_image_arrives_as_pillow_decodes_it(kind: str) -> None:
-    """uint8, with the channels asked for; grey to rounding. Fails when a decoder's own choice gets through."""
-    name, mode = kind.split()
-    data = encoded(Image.fromarray(LEVELS).convert(mode), name)
-    for channels, target, rounding in ((3, "RGB", 0), (1, "L", 1)):
-        image = decode(data, channels)
-        assert (image.dtype, tuple(image.shape)) == (torch.uint8, (channels, 8, 9))
-        with Image.open(io.BytesIO(data)) as opened:
-            peer = np.array(opened.convert(target), int).reshape(8, 9, channels).transpose(2, 0, 1)
-        assert np.abs(image.numpy() - peer).max() <= rounding
-
-
-def test_sixteen_bits_are_scaled_to_eight() -> None:
-    """257 x level is `level` in 16 bits. Fails when uint16 gets through: in a batch of uint8 it would wrap around."""
-    grey = LEVELS[:, :, 0]
-    data = encoded(Image.fromarray(grey * np.uint16(257)), "PNG")
-    for channels in (1, 3):
-        image = decode(data, channels)
-        assert (image.dtype, tuple(image.shape)) == (torch.uint8, (channels, 8, 9))
-        assert np.abs(image.numpy().astype(int) - grey).max() <= 1
 
 
 def test_augmentations_that_cannot_be_are_refused_by_key() -> None:

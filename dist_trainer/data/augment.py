@@ -43,10 +43,6 @@ class AugmentConfig:
     """More per-image transforms: a torchvision v2 class by name, or package.module:Name, on uint8 [C, H, W]."""
 
 
-Box = tuple[int, int, int, int]
-"""left, top, width, height in pixels"""
-
-
 def crop_boxes(config: CropConfig, widths: np.ndarray, heights: np.ndarray, keys: UInt64) -> np.ndarray:
     """int64 [m, 4] (left, top, width, height): random-resized crops of images of `widths` x `heights` [m].
 

@@ -26,6 +26,9 @@ class SlotAddress:
     ghost: bool = False
 
 
+_SMALL = ("labels", "weight", "ids")
+
+
 @dataclass
 class Batch:
     """One micro-batch. `weight` is 0 where a place holds a substitute, NaN throughout where storage gave nothing."""
@@ -56,6 +59,13 @@ class Batch:
         return replace(
             self, images=change(self.images), labels=change(self.labels), weight=change(self.weight), ids=self.ids
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """From a loader process: only the images travel by shared memory, which costs a file descriptor per tensor."""
+        return {name: value.numpy() if name in _SMALL else value for name, value in self.__dict__.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {name: torch.from_numpy(value) if name in _SMALL else value for name, value in state.items()}
 
     def pin_memory(self) -> "Batch":
         """DataLoader calls this on CUDA."""

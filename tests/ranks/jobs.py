@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,14 @@ def main() -> None:
         observe(run, stop, job, folder)
         finish_run(run, train(run))
     comm.shutdown()
-    sys.stdout.flush()
-    os._exit(0)  # as the command line does: loaders of earlier jobs are not waited for
 
 
 if __name__ == "__main__":
-    main()
+    status = 0
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    os._exit(status)  # as the command line does: loaders of earlier jobs are not waited for
