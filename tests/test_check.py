@@ -108,15 +108,17 @@ def test_the_command_lists_bad_samples_and_says_so_by_its_status(
 
 
 def test_wrong_sizes_and_labels_are_found(data: Path) -> None:
-    """An index that says another width, or a class that is none. Fails when decode only decodes."""
+    """An index that says another width or length, or a class that is none. Fails when decode only decodes."""
     index = find_index(str(data))
     samples = index.samples.copy()
     samples["width"][2] += 1
     samples["label"][4] = 3
+    samples["length"][6] -= 1
     said = found(replace(index, samples=samples), "decode")
-    assert [n for _, n, _ in said] == [2, 4, 9]
+    assert [n for _, n, _ in said] == [2, 4, 6, 9]
     assert said[0][2] == "it decodes to 40 x 40, but its header says 41 x 40"
     assert said[1][2] == "label 3, but the index has 3 classes"
+    assert "the tar header before it says" in said[2][2]
 
 
 def test_an_image_folder_is_checked_file_by_file(tmp_path: Path) -> None:

@@ -232,6 +232,7 @@ def test_validation_gets_the_class_list_of_training() -> None:
     ("train", "val", "said"),
     [
         (("a", "b", "c"), ("a", "b", "d"), "(3 and 3): 1 only in data.train (c); 1 only in data.val (d)"),
+        (("a", "b"), ("b", "a", "c"), "(3 and 2): 1 only in data.val (c)"),
         (("a", "b"), ("a",), "(1 and 2): 1 only in data.train (b)"),
         (("a",), ("v", "w", "x", "y", "z"), "1 only in data.train (a); 5 only in data.val (v, w, x, ...)"),
         (NUMBERS, ("v", "w"), "have names (v, w), while those of data.train are numbers"),
@@ -265,7 +266,10 @@ def test_class_sorted_sets_are_told_from_shuffled_ones() -> None:
             assert is_class_sorted(made(nearly.tolist(), names, shards))
     assert not is_class_sorted(made([0] * 500, ("one",)))
     assert not is_class_sorted(made([0] * 499 + [1], ("a", "b")))
-    for few in ([0], [0, 1], [0, 0, 1], [0, 0, 1, 1], [0, 1, 2]):
+    for few in ([0], [0, 1], [0, 0, 1], [0, 0, 0, 1, 1, 1], [0, 1, 2]):
         assert not is_class_sorted(made(few, NUMBERS))
+    repeated = rng.integers(0, 2, 4000)
+    repeated[1:] = np.where(rng.random(3999) < 0.4, repeated[:-1], repeated[1:])
+    assert not is_class_sorted(made(repeated.tolist(), NUMBERS))  # 70% equal neighbours of 2 classes still mix
     assert not is_class_sorted(made([0, 1, 2, 3, 4] * 100, NUMBERS))  # in turn: as mixed as can be
     assert is_class_sorted(made([0] * 40 + [1] * 40, NUMBERS))
