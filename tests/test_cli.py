@@ -102,7 +102,7 @@ def test_abbreviated_keys_are_not_accepted(config: Path, argument: str) -> None:
         ("batch.global_batch", "many", "int"),
         ("optimizer.weight_decay", "abc", "float"),
         ("engine.precision", "fp8", "'bf16', 'fp32'"),
-        ("data.order", "random", "'window', 'full', 'none'"),
+        ("data.order", "random", "'auto', 'window', 'full', 'balanced', 'none'"),
         ("data.workers", "few", "'auto'"),
         ("batch", "7", "global_batch"),
     ],

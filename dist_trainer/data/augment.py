@@ -1,13 +1,12 @@
 """What happens to an image before it stands in a batch, as a pure function of (seed, epoch, sample id, copy)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision.transforms.v2 as transforms
 
 from dist_trainer.errors import UserError
 from dist_trainer.keyed import AUGMENT, CROP, FLIP, UInt64, hashes, uniform
@@ -84,7 +83,7 @@ class Augment:
                 if not 0 < lo <= hi <= most:
                     raise UserError(f"augment.crop.{name}: [{lo}, {hi}] is not an ascending pair in (0, {most:g}]")
         self._steps: list[Transform] = [
-            build(f"augment.transforms[{number}]", named, vars(transforms), kind="transform")
+            build(f"augment.transforms[{number}]", named, vars(_torchvision()), kind="transform")
             for number, named in enumerate(config.transforms)
         ]
 
@@ -106,15 +105,22 @@ class Augment:
         return uniform(keys, FLIP) < self._flip
 
 
+def _torchvision() -> Any:
+    """torchvision's transforms v2, imported where they are used: that costs a loader process two seconds."""
+    import torchvision.transforms.v2
+
+    return torchvision.transforms.v2
+
+
 class CenterCrop:
     """The evaluation transform: resize the shorter side, cut the centre. Either may be null."""
 
     def __init__(self, resize: int | None, crop: int | None) -> None:
-        steps: Sequence[Any] = [
-            *([transforms.Resize(resize, antialias=True)] if resize else []),
-            *([transforms.CenterCrop(crop)] if crop else []),
-        ]
-        self._steps = steps
+        self._steps: list[Any] = []
+        if resize:
+            self._steps.append(_torchvision().Resize(resize, antialias=True))
+        if crop:
+            self._steps.append(_torchvision().CenterCrop(crop))
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         for step in self._steps:

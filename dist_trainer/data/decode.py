@@ -2,12 +2,13 @@
 
 import io
 import warnings
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional
-from torchvision.io import ImageReadMode, decode_image
 
 from dist_trainer.data import jpeg_region
 
@@ -15,7 +16,6 @@ _JPEG = b"\xff\xd8"
 _PNG = b"\x89PNG\r\n\x1a\n"
 Box = tuple[int, int, int, int]
 """left, top, width, height in pixels"""
-_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 _PIL_MODES = {1: "L", 3: "RGB"}
 
 
@@ -28,13 +28,23 @@ def decode(data: bytes, channels: int) -> torch.Tensor:
     if data.startswith(_PNG):
         return _by_pillow(data, channels)
     try:
-        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        pixels: torch.Tensor = decode_image(buffer, _MODES[channels])
+        pixels = _torchvision()(torch.frombuffer(bytearray(data), dtype=torch.uint8), channels)
         if pixels.dim() == 3 and len(pixels) == channels:  # not an animation, nor WebP in colour where grey was asked
             return pixels
     except (RuntimeError, ValueError):
         pass
     return _by_pillow(data, channels)
+
+
+@cache
+def _torchvision() -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """(encoded, channels) -> pixels. Imported when it is needed: that costs a loader process two seconds."""
+    from torchvision.io import ImageReadMode
+
+    modes = {1: ImageReadMode.GRAY.value, 3: ImageReadMode.RGB.value}
+    # Not by the Python function, which warns at every call and takes as long as a small image.
+    operator = torch.ops.image.decode_image
+    return lambda encoded, channels: operator(encoded, modes[channels], False)
 
 
 def _by_pillow(data: bytes, channels: int) -> torch.Tensor:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import webdataset
 
 from dist_trainer.errors import UserError
 from dist_trainer.keyed import STAGE, UInt64, hashes
@@ -43,6 +42,8 @@ class Stages:
 
     def __call__(self, samples: Sequence[Sample], keys: UInt64) -> list[Sample]:
         """The samples behind all stages, in order. Raises UserError for a stage that fails or loses a sample."""
+        import webdataset  # where there are stages
+
         seeds = hashes(keys, STAGE).tolist()
 
         def source() -> Iterator[Sample]:
