@@ -15,9 +15,12 @@ from dist_trainer.log.wandb_run import WandbConfig
 from dist_trainer.models import ModelConfig
 from dist_trainer.plan import BatchConfig
 from dist_trainer.run_folder import RunConfig
+from dist_trainer.tricks.averaging import AveragingConfig
+from dist_trainer.tricks.ema import EmaConfig
 from dist_trainer.tricks.learning_rate import LearningRateConfig
 from dist_trainer.tricks.losses import LossConfig
 from dist_trainer.tricks.optimizers import OptimizerConfig
+from dist_trainer.tricks.precise_bn import PreciseBnConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,9 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr: LearningRateConfig = field(default_factory=LearningRateConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    precise_bn: PreciseBnConfig = field(default_factory=PreciseBnConfig)
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

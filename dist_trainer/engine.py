@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -157,9 +158,52 @@ class Engine(Inference):
             nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip_grad_norm, self.grad_norm)
         return True
 
+    # The weights as such
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank keeps a piece of every parameter, not all parameters."""
+        return False
+
+    def own_weights(self) -> State:
+        """The live float32 weights that this rank keeps, by name: whole parameters, or its 1-d piece of each."""
+        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+
+    def own_part(self, whole: State) -> State:
+        """Of whole parameters what this rank keeps."""
+        return {name: whole[name] for name, _ in self.module.named_parameters()}
+
+    def whole(self, parts: State) -> State:
+        """Undo `own_part`: the ranks' pieces to whole parameters (collective; on rank 0 alone where sharded)."""
+        return parts
+
     def model_state(self) -> State:
         """float32 weights and buffers by name (collective; whole on rank 0)."""
-        return {name: value.detach() for name, value in self.module.state_dict().items()}
+        state = {name: value.detach() for name, value in self.module.state_dict().items()}
+        return {**state, **self.whole(self.own_weights())}
+
+    @contextlib.contextmanager
+    def holding(self, weights: State) -> Iterator[None]:
+        """In this block the module holds other weights, afterwards its own, bit for bit (collective).
+
+        `weights`, as `own_weights`, are those of rank 0, which are broadcast at once; where sharded, each rank's own.
+        """
+        own = list(self.own_weights().values())
+        before = [value.clone() for value in own]
+        flat = torch.empty(sum(value.numel() for value in own), device=self._device)
+        if weights:
+            torch.cat([value.to(self._device).flatten() for value in weights.values()], out=flat)
+        if not self.is_sharded:
+            dist.broadcast(flat, 0)
+        others = [each.view(value.shape) for each, value in zip(flat.split([v.numel() for v in own]), own, strict=True)]
+        try:
+            self._rewrite(own, others)
+            yield
+        finally:
+            self._rewrite(own, before)
+
+    def _rewrite(self, own: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+        torch._foreach_copy_(own, values)
 
     def close(self) -> None:
         """Give back what the backend holds, before the process group ends."""
@@ -285,14 +329,43 @@ class ZeroEngine(Engine):
         self.grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
         return bool(self._engine.was_step_applied())
 
-    def model_state(self) -> State:
-        from dist_trainer.zero_state import full_weight
+    @property
+    def is_sharded(self) -> bool:
+        return self.config.zero == 3
 
-        state = super().model_state()
-        if self.config.zero == 3:
-            for name, parameter in self.module.named_parameters():
-                state[name] = full_weight(parameter)
-        return state
+    def own_weights(self) -> State:
+        if not self.is_sharded:
+            return super().own_weights()
+        from dist_trainer.zero_state import piece
+
+        return {name: piece(parameter) for name, parameter in self.module.named_parameters()}
+
+    def own_part(self, whole: State) -> State:
+        if not self.is_sharded:
+            return super().own_part(whole)
+        from dist_trainer.zero_state import cut
+
+        parameters = dict(self.module.named_parameters())
+        return {name: cut(whole[name], each, self.world.rank) for name, each in parameters.items()}
+
+    def whole(self, parts: State) -> State:
+        if not self.is_sharded:
+            return super().whole(parts)
+        from dist_trainer.zero_state import joined
+
+        flat = torch.cat([part.to(self._device) for part in parts.values()])
+        everyone = [torch.empty_like(flat) for _ in range(self.world.size)] if self.world.is_main else None
+        dist.gather(flat, everyone)
+        return joined(dict(self.module.named_parameters()), everyone) if everyone else {}
+
+    def _rewrite(self, own: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+        if not self.is_sharded:
+            super()._rewrite(own, values)
+            return
+        from dist_trainer.zero_state import pieces_rewritten
+
+        with pieces_rewritten(self._engine):
+            super()._rewrite(own, values)
 
     def optimizer_state(self) -> State:
         from dist_trainer.zero_state import get_optimizer_state
@@ -302,7 +375,7 @@ class ZeroEngine(Engine):
     def load_optimizer_state(self, state: State) -> None:
         from dist_trainer.zero_state import set_optimizer_state
 
-        set_optimizer_state(self._engine, self.config.zero, state, self.world.rank, self.world.size)
+        set_optimizer_state(self._engine, self.config.zero, state, self.world.rank)
 
     def close(self) -> None:
         self._engine.destroy()

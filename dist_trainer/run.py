@@ -10,11 +10,12 @@ import torch
 from dist_trainer import checkpoint
 from dist_trainer.comm import StopRequest, World, on_main
 from dist_trainer.config import TrainConfig
+from dist_trainer.data.augment import Augment
 from dist_trainer.data.decode import decoder_line
 from dist_trainer.data.health import Health
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.order import Kind
-from dist_trainer.data.stream import EvalStream, TrainStream, order_samples
+from dist_trainer.data.stream import DrawnStream, EvalStream, TrainStream, order_samples
 from dist_trainer.data.unindexed import SAID
 from dist_trainer.engine import Engine, build_engine
 from dist_trainer.errors import UserError
@@ -22,28 +23,33 @@ from dist_trainer.evaluate import center_crop
 from dist_trainer.inference import Preprocess
 from dist_trainer.log.console import Terminal
 from dist_trainer.log.meter import Meter
-from dist_trainer.log.tracker import Tracker
+from dist_trainer.log.tracker import SCORED_AS, Tracker
 from dist_trainer.models import build_model
 from dist_trainer.plan import Duration, Plan, make_plan
 from dist_trainer.run_folder import RunFolder, auto_name, git_revision, identity
 from dist_trainer.shards.sources import is_class_sorted, local_index, match_classes, open_index, prepare_index
 from dist_trainer.step_sums import StepSums
 from dist_trainer.tricks.batch_norm import RunningStatistics
+from dist_trainer.tricks.ema import Ema, EmaConfig
 from dist_trainer.tricks.learning_rate import LearningRate
 from dist_trainer.tricks.losses import build_loss
 from dist_trainer.tricks.optimizers import build_optimizer
+from dist_trainer.weights import Weights
 
 
 @dataclass
 class Progress:
-    """How far a run is. `step` counts updates tried, `skipped` those that were not applied."""
+    """How far a run is. `step` counts updates tried, `skipped` those that were not applied.
+
+    `last` holds the metrics of the last evaluation by the weights' name, `best` the best top-1 of all with its name.
+    """
 
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
     evaluated_step: int = 0
-    last: dict[str, float] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
+    last: dict[str, dict[str, float]] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
 
     def count(self, applied: bool) -> None:
         """One more step was tried."""
@@ -96,6 +102,8 @@ class Run:
     engine: Engine
     learning_rate: LearningRate
     batch_norm: RunningStatistics
+    ema: Ema | None
+    weights: Weights
     sums: StepSums
     health: Health
     meter: Meter
@@ -191,6 +199,7 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
     if note := stream.warning(config.data):
         terminal.say(note)
     val = EvalStream(val_index, config.data, center_crop(config.eval), config.eval.batch, world)
+    draw = build_draw(config, train_index, world)
     resumed_from = _claim(folder, config, what, world, terminal)
     if resumed_from == "complete":
         return folder
@@ -212,6 +221,8 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
         "torch": torch.__version__,
     }
     batch_norm, meter, progress = RunningStatistics(engine.module), Meter(), Progress()
+    ema = build_ema(config.ema, engine, batch_norm, plan)
+    weights = Weights(engine, batch_norm, ema, draw)
     health = Health(train_index, config.data.max_bad, "train")
     if state:
         if state["order"] != facts["order"] or state["fingerprint"] != facts["fingerprint"]:
@@ -222,6 +233,8 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
         meter.load(state["meter"])
         health.load(state["bad_samples"])
         progress = Progress(**{key: state[key] for key in Progress.__dataclass_fields__})
+        if ema is not None:
+            weights.load_ema(checkpoint.load_tensors(Path(resumed_from), "ema"), progress.step - progress.skipped)
     tracker = Tracker(world, plan.total_steps, terminal)
     tracker.open(
         folder.path, progress.step, config.wandb, {**config.as_dict(), "world": world.size, "git": git_revision()}
@@ -236,7 +249,9 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
         engine=engine,
         learning_rate=learning_rate,
         batch_norm=batch_norm,
-        sums=StepSums(plan, batch_norm, meter, health, folder.bad_samples, stop, world),
+        ema=ema,
+        weights=weights,
+        sums=StepSums(plan, batch_norm, ema, meter, health, folder.bad_samples, stop, world),
         health=health,
         meter=meter,
         tracker=tracker,
@@ -244,6 +259,30 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
         facts=facts,
         progress=progress,
     )
+
+
+def build_ema(config: EmaConfig, engine: Engine, batch_norm: RunningStatistics, plan: Plan) -> Ema | None:
+    """The average, where one is configured: of all weights on rank 0, or of each rank's piece. Raises UserError."""
+    config.check()
+    if config.decay is None:
+        return None
+    start = round(plan.steps(Duration.parse(config.start, "ema.start")))
+    if start >= plan.total_steps:
+        raise UserError(f"ema.start: {config.start} is step {start}, and the run has {plan.total_steps}")
+    live = engine.own_weights if engine.is_sharded or engine.world.is_main else dict
+    return Ema(config, live, batch_norm.running, start, plan.total_steps)
+
+
+def build_draw(config: TrainConfig, train: ShardIndex, world: World) -> DrawnStream | None:
+    """The training samples from which batch-norm is re-estimated, where that is configured. Raises UserError."""
+    size, precise = config.batch.micro_batch, config.precise_bn
+    num_batches = precise.num_batches(size, len(train))
+    if not num_batches:
+        return None
+    if config.data.source == "stream":
+        raise UserError("precise_bn.num_samples: needs an index to draw from; data.source: stream has none")
+    transform = Augment(config.augment, config.run.seed) if precise.transform == "train" else center_crop(config.eval)
+    return DrawnStream(train, config.data, transform, num_batches, size, config.run.seed, world)
 
 
 def _claim(folder: RunFolder, config: TrainConfig, what: dict[str, Any], world: World, terminal: Terminal) -> str:
@@ -297,14 +336,17 @@ def finish_run(run: Run, stopped_by: str | None) -> dict[str, Any]:
     return summary
 
 
+def _accuracy(values: dict[str, float]) -> str:
+    return f"top-1 {values['top1']:.2%}  top-5 {values['top5']:.2%}  loss {values['loss']:.4f}"
+
+
 def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
     """The summary as a person reads it."""
     rows = {}
-    for title in ("final", "best"):
-        values = summary[title]
-        if values:
-            where = f" at step {values['step']}" if "step" in values else ""
-            rows[title] = f"top-1 {values['top1']:.2%}  top-5 {values['top5']:.2%}  loss {values['loss']:.4f}{where}"
+    for name, values in summary["final"].items():
+        rows[SCORED_AS[name]] = _accuracy(values)
+    if best := summary["best"]:
+        rows["best"] = f"{_accuracy(best)} at step {best['step']} ({SCORED_AS[best['weights']]})"
     seconds = summary["seconds"]
     rows["steps"] = f"{summary['steps']} ({summary['epochs']:g} epochs, {summary['skipped']} skipped)"
     rows["time"] = (

@@ -12,6 +12,7 @@ from dist_trainer.log.meter import Meter
 from dist_trainer.plan import Plan
 from dist_trainer.processes import STOP_SIGNALS
 from dist_trainer.tricks.batch_norm import RunningStatistics
+from dist_trainer.tricks.ema import Ema
 
 
 class StepSums:
@@ -24,6 +25,7 @@ class StepSums:
         self,
         plan: Plan,
         batch_norm: RunningStatistics,
+        ema: Ema | None,
         meter: Meter,
         health: Health,
         bad_samples: Path,
@@ -32,7 +34,8 @@ class StepSums:
     ) -> None:
         self.stop: str | None = None
         """The signal that asked some rank to stop: the same on every rank at the same step."""
-        self._plan, self._batch_norm, self._meter, self._stop_request = plan, batch_norm, meter, stop_request
+        self._plan, self._batch_norm, self._ema = plan, batch_norm, ema
+        self._meter, self._stop_request = meter, stop_request
         self._health, self._bad_samples = health, bad_samples
         self._world, self._device = world, world.device
         self._head = 3 + len(STOP_SIGNALS)
@@ -83,6 +86,8 @@ class StepSums:
         if self._applied:
             self._meter.add(loss_sum, num_samples)
             self._batch_norm.update(vector[self._head :], self._plan.num_slots)
+            if self._ema is not None:
+                self._ema.follow(self._batch_norm.running)
         for name, count in zip(STOP_SIGNALS, votes, strict=True):
             if count:
                 self.stop = name

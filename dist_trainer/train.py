@@ -49,6 +49,8 @@ def train_step(run: Run, step: int, batches: Iterator[Batch]) -> None:
         run.sums.add(run.engine.forward_backward(batch), batch)
     applied = run.engine.step()  # never with a gradient that is not finite
     run.sums.exchange(applied)  # asynchronous: takes in the step before
+    if run.ema is not None and applied:
+        run.ema.update()
     if not run.health.outage:  # then the step is to be done again, with its data
         run.progress.count(applied)
 
@@ -67,31 +69,43 @@ def training_metrics(run: Run) -> dict[str, float | int]:
         "train/lr": run.learning_rate(run.progress.step - 1),
         "train/grad_norm": float(run.engine.grad_norm),
         "train/skipped": run.progress.skipped,
+        **({"ema/decay": run.ema.decay} if run.ema is not None else {}),
         "data/bad": run.health.num_bad,
     }
 
 
 def validate(run: Run) -> None:
-    """Score the validation set exactly; keep the weights if they are the best so far (collective)."""
+    """Score all weights exactly, as they are and with batch-norm re-estimated; keep the best so far (collective)."""
     run.meter.pause()
     run.sums.finish()
-    run.batch_norm.publish()
     start = time.perf_counter()
-    result = evaluate(run.engine, run.val)
-    listing = run.folder.bad_samples if run.world.is_main else None
-    report_bad(run.config.eval, run.val.index, result, listing, run.tracker.terminal)
-    progress, metrics = run.progress, result.metrics
-    progress.evaluated_step, progress.last = progress.step, metrics
-    if metrics["top1"] > progress.best.get("top1", -1.0):
-        progress.best = {"step": progress.step, **metrics}
-        weights = run.engine.model_state()
-        folder = run.folder.best
-        on_main(run.world, lambda: checkpoint.replace_best(folder, weights, progress.best))
-    run.tracker.evaluation(
-        progress.step, run.plan.epoch(progress.step), "val", metrics, result.num_samples, progress.best["top1"]
-    )
+    run.progress.last = {}
+    for name in run.weights.names:
+        with run.weights.held(name):
+            score(run, name)
+            if run.weights.can_re_estimate:
+                run.weights.re_estimate(name)
+                score(run, f"{name}_bn")
+    run.progress.evaluated_step = run.progress.step
     run.seconds["eval"] += time.perf_counter() - start
     run.meter.go_on()
+
+
+def score(run: Run, name: str) -> None:
+    """Score what the module holds, under `name`."""
+    progress = run.progress
+    result = evaluate(run.engine, run.val)
+    if not progress.last:
+        listing = run.folder.bad_samples if run.world.is_main else None
+        report_bad(run.config.eval, run.val.index, result, listing, run.tracker.terminal)
+    progress.last[name] = metrics = result.metrics
+    if metrics["top1"] > progress.best.get("top1", -1.0):
+        progress.best = {"weights": name, "step": progress.step, **metrics}
+        weights, folder = run.weights.state(), run.folder.best
+        on_main(run.world, lambda: checkpoint.replace_best(folder, weights, progress.best))
+    run.tracker.evaluation(
+        progress.step, run.plan.epoch(progress.step), name, metrics, result.num_samples, progress.best
+    )
 
 
 def save(run: Run) -> None:
@@ -99,15 +113,19 @@ def save(run: Run) -> None:
     run.meter.pause()
     run.sums.finish()
     run.batch_norm.publish()
-    start = time.perf_counter()
-    tensors = {"model": run.engine.model_state(), "optim": run.engine.optimizer_state()}
+    start, progress = time.perf_counter(), run.progress
+    tensors = {"model": run.weights.state(), "optim": run.engine.optimizer_state()}
+    if run.ema is not None:
+        tensors["ema"] = run.weights.ema_state()
+    if progress.evaluated_step == progress.step:
+        tensors |= {f"bn_{name}": state for name, state in run.weights.re_estimated.items()}
     state: dict[str, Any] = {
         **run.facts,
-        **run.progress.as_dict(run.plan),
+        **progress.as_dict(run.plan),
         "meter": run.meter.state(),
         "bad_samples": run.health.state(),
     }
     root, keep = run.folder.checkpoints, run.config.checkpoint.keep_last
-    on_main(run.world, lambda: checkpoint.save(root, run.progress.step, tensors, state, keep))
+    on_main(run.world, lambda: checkpoint.save(root, progress.step, tensors, state, keep))
     run.seconds["save"] += time.perf_counter() - start
     run.meter.go_on()

@@ -4,11 +4,12 @@ Together with engine.py the only file that imports deepspeed; pinned to 0.19 in 
 tests/test_worlds.py, which fails loudly when one of these attributes changes its meaning.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from deepspeed.utils import (
-    safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_optimizer_state,
     safe_set_local_optimizer_state,
@@ -43,11 +44,37 @@ def _partitions(optimizer: Any, stage: int) -> list[torch.Tensor]:
     return parts
 
 
-def full_weight(parameter: nn.Parameter) -> torch.Tensor:
-    """The whole float32 parameter, on every rank (collective at stage 3)."""
-    weight = safe_get_full_fp32_param(parameter)
-    whole: torch.Tensor = weight.detach().reshape(getattr(parameter, "ds_shape", parameter.shape))
-    return whole
+def piece(parameter: nn.Parameter) -> torch.Tensor:
+    """Stage 3: this rank's float32 piece of a parameter, 1-d, padded to the same length on all ranks."""
+    part: torch.Tensor = parameter.ds_tensor.detach()  # type: ignore[attr-defined]
+    return part
+
+
+def cut(whole: torch.Tensor, parameter: nn.Parameter, rank: int) -> torch.Tensor:
+    """Stage 3: of a whole value (of the parameter or of its optimizer state) the piece that belongs to `rank`."""
+    size = piece(parameter).numel()
+    flat = whole.flatten()[rank * size : (rank + 1) * size].to(parameter.device)
+    return nn.functional.pad(flat, (0, size - flat.numel()))  # the last is padded
+
+
+def joined(parameters: dict[str, nn.Parameter], everyone: list[torch.Tensor]) -> State:
+    """Stage 3: whole values of all parameters from each rank's pieces, laid end to end."""
+    sizes = [piece(parameter).numel() for parameter in parameters.values()]
+    state: State = {}
+    for (name, parameter), parts in zip(
+        parameters.items(), zip(*(flat.split(sizes) for flat in everyone), strict=True), strict=True
+    ):
+        shape: torch.Size = parameter.ds_shape  # type: ignore[attr-defined]
+        state[name] = torch.cat(parts)[: shape.numel()].view(shape)
+    return state
+
+
+@contextlib.contextmanager
+def pieces_rewritten(engine: Any) -> Iterator[None]:
+    """Stage 3: pieces may be written in this block (collective). Small parameters are kept whole beside them."""
+    engine.optimizer.checkpoint_event_prologue()
+    yield
+    engine.optimizer.checkpoint_event_epilogue()
 
 
 def get_optimizer_state(engine: Any, stage: int) -> State:
@@ -68,7 +95,7 @@ def get_optimizer_state(engine: Any, stage: int) -> State:
     return state
 
 
-def set_optimizer_state(engine: Any, stage: int, state: State, rank: int, world: int) -> None:
+def set_optimizer_state(engine: Any, stage: int, state: State, rank: int) -> None:
     """Undo `get_optimizer_state` in an engine that has not stepped, on any stage and world."""
     if not state:
         return
@@ -89,6 +116,4 @@ def set_optimizer_state(engine: Any, stage: int, state: State, rank: int, world:
             if stage < 3:
                 safe_set_full_optimizer_state(parameter, value, key)
             else:  # the library's own setter forgets that the last partition is padded
-                size = parameter.ds_tensor.numel()
-                padded = nn.functional.pad(value.flatten(), (0, size * world - value.numel()))
-                safe_set_local_optimizer_state(parameter, padded.narrow(0, rank * size, size), key)
+                safe_set_local_optimizer_state(parameter, cut(value, parameter, rank), key)

@@ -16,7 +16,7 @@ from dist_trainer.data.order import ClassOrder, EpochOrder, OrderSpec
 from dist_trainer.data.read import Bad, Reader
 from dist_trainer.data.stages import Sample, Stages
 from dist_trainer.errors import Outage, UserError
-from dist_trainer.keyed import STAGE, UInt64, hashes
+from dist_trainer.keyed import DRAW, STAGE, UInt64, hashes, key, permute
 from dist_trainer.plan import Plan
 
 Encoded = bytes | torch.Tensor | Bad
@@ -159,45 +159,14 @@ def _allocate(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload,no-any-return]
 
 
-class TrainSamples(_Samples):
-    """Training slots of `plan` in the order of `spec`, augmented."""
+class _Augmented(_Samples):
+    """Training samples: cropped, mirrored and transformed as their keys say."""
 
-    def __init__(self, index: ShardIndex, plan: Plan, spec: OrderSpec, augment: Augment, config: DataConfig) -> None:
+    def __init__(self, index: ShardIndex, augment: Augment, config: DataConfig, *, in_blocks: bool) -> None:
+        """`in_blocks`: whether neighbours are asked for soon, so that whole blocks are worth fetching."""
         size = int(index.sizes.sum())
-        local = spec.kind in ("window", "none") or size <= config.cache.size_bytes
-        super().__init__(index, config, "train", whole_blocks=local)
-        self._plan, self._spec, self._augment = plan, spec, augment
-        self._orders: dict[int, EpochOrder] = {}
-        self._classes: ClassOrder | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_orders": {}, "_classes": None}
-
-    def _ids(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        if self._spec.kind == "balanced":
-            self._classes = self._classes or ClassOrder(self._index.samples["label"], self._spec.seed)
-            return self._classes.ids(epoch, start, stop)
-        if epoch not in self._orders:  # two at most: the one that runs out and the one that is looked ahead to
-            self._orders = {each: order for each, order in self._orders.items() if each == epoch - 1}
-            self._orders[epoch] = EpochOrder(self._index.counts, self._spec, epoch)
-        return self._orders[epoch].ids(start, stop)
-
-    def _place(self, address: SlotAddress) -> tuple[np.ndarray, np.ndarray, UInt64]:
-        spans = self._plan.spans(address.step, address.slot)
-        ids = np.concatenate([self._ids(span.epoch, span.start, span.stop) for span in spans])
-        lengths = [span.stop - span.start for span in spans]
-        counts = np.repeat([span.counts for span in spans], lengths)
-        epochs = np.repeat(np.array([span.epoch for span in spans]), lengths)
-        return ids, counts, self._augment.keys(epochs, ids, self._plan.copy_of(address.slot))
-
-    def _look_ahead(self, address: SlotAddress) -> None:
-        """With the blocks of the same slot one window later, since a slot stays on its lanes."""
-        if self._reader.is_cached and self._spec.kind == "window" and not address.ghost:
-            step = address.step + self._spec.window // self._spec.chunk
-            if step < self._plan.total_steps:
-                spans = self._plan.spans(step, address.slot)
-                ids = np.concatenate([self._ids(span.epoch, span.start, span.stop) for span in spans])
-                self._reader.prefetch(self._reader.blocks_of(ids))
+        super().__init__(index, config, "train", whole_blocks=in_blocks or size <= config.cache.size_bytes)
+        self._augment = augment
 
     def _images(self, ids: np.ndarray, data: list[Encoded], keys: UInt64) -> list[torch.Tensor | Bad]:
         crop = self._augment.crop
@@ -235,6 +204,45 @@ class TrainSamples(_Samples):
         return flips
 
 
+class TrainSamples(_Augmented):
+    """Training slots of `plan` in the order of `spec`, augmented."""
+
+    def __init__(self, index: ShardIndex, plan: Plan, spec: OrderSpec, augment: Augment, config: DataConfig) -> None:
+        super().__init__(index, augment, config, in_blocks=spec.kind in ("window", "none"))
+        self._plan, self._spec = plan, spec
+        self._orders: dict[int, EpochOrder] = {}
+        self._classes: ClassOrder | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_orders": {}, "_classes": None}
+
+    def _ids(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        if self._spec.kind == "balanced":
+            self._classes = self._classes or ClassOrder(self._index.samples["label"], self._spec.seed)
+            return self._classes.ids(epoch, start, stop)
+        if epoch not in self._orders:  # two at most: the one that runs out and the one that is looked ahead to
+            self._orders = {each: order for each, order in self._orders.items() if each == epoch - 1}
+            self._orders[epoch] = EpochOrder(self._index.counts, self._spec, epoch)
+        return self._orders[epoch].ids(start, stop)
+
+    def _place(self, address: SlotAddress) -> tuple[np.ndarray, np.ndarray, UInt64]:
+        spans = self._plan.spans(address.step, address.slot)
+        ids = np.concatenate([self._ids(span.epoch, span.start, span.stop) for span in spans])
+        lengths = [span.stop - span.start for span in spans]
+        counts = np.repeat([span.counts for span in spans], lengths)
+        epochs = np.repeat(np.array([span.epoch for span in spans]), lengths)
+        return ids, counts, self._augment.keys(epochs, ids, self._plan.copy_of(address.slot))
+
+    def _look_ahead(self, address: SlotAddress) -> None:
+        """With the blocks of the same slot one window later, since a slot stays on its lanes."""
+        if self._reader.is_cached and self._spec.kind == "window" and not address.ghost:
+            step = address.step + self._spec.window // self._spec.chunk
+            if step < self._plan.total_steps:
+                spans = self._plan.spans(step, address.slot)
+                ids = np.concatenate([self._ids(span.epoch, span.start, span.stop) for span in spans])
+                self._reader.prefetch(self._reader.blocks_of(ids))
+
+
 class EvalSamples(_Samples):
     """Every sample once, in index order, in batches whose content does not depend on the world."""
 
@@ -250,3 +258,33 @@ class EvalSamples(_Samples):
     def _images(self, ids: np.ndarray, data: list[Encoded], keys: UInt64) -> list[torch.Tensor | Bad]:
         images = [self._decode(each) for each in data]
         return [image if isinstance(image, Bad) else self._center_crop(image) for image in images]
+
+
+def _drawn(address: EvalAddress, num_samples: int, seed: int) -> np.ndarray:
+    """Sample ids (int64 [m]) of one batch of a draw without repetition, the same on any world."""
+    place = np.arange(address.number * address.size, (address.number + 1) * address.size)
+    return permute(place, num_samples, np.uint64(key(DRAW, seed)))
+
+
+class DrawnTrainSamples(_Augmented):
+    """Batches of training samples drawn at random, once for all, augmented as in the first epoch."""
+
+    def __init__(self, index: ShardIndex, augment: Augment, config: DataConfig, seed: int) -> None:
+        super().__init__(index, augment, config, in_blocks=False)
+        self._seed = seed
+
+    def _place(self, address: EvalAddress) -> tuple[np.ndarray, np.ndarray, UInt64]:
+        ids = _drawn(address, len(self._index), self._seed)
+        return ids, np.ones(len(ids), bool), self._augment.keys(np.zeros(len(ids), np.int64), ids, 0)
+
+
+class DrawnEvalSamples(EvalSamples):
+    """The same draw, with the evaluation transform."""
+
+    def __init__(self, index: ShardIndex, config: DataConfig, transform: CenterCrop, seed: int) -> None:
+        super().__init__(index, config, transform)
+        self._seed = seed
+
+    def _place(self, address: EvalAddress) -> tuple[np.ndarray, np.ndarray, UInt64]:
+        ids = _drawn(address, len(self._index), self._seed)
+        return ids, np.ones(len(ids), bool), hashes(ids, STAGE)

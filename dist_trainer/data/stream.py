@@ -18,7 +18,7 @@ from dist_trainer.data.config import DataConfig
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.order import ClassOrder, Kind, OrderSpec
 from dist_trainer.data.parallel import as_worker, start_resource_tracker
-from dist_trainer.data.samples import EvalSamples, TrainSamples
+from dist_trainer.data.samples import DrawnEvalSamples, DrawnTrainSamples, EvalSamples, TrainSamples
 from dist_trainer.data.unindexed import StreamSpec, TarStream
 from dist_trainer.errors import LocalError, UserError
 from dist_trainer.plan import Plan
@@ -178,19 +178,45 @@ class _EvalAddresses:
             yield EvalAddress(self.num_batches - 1 if ghost else number, self.size, ghost)
 
 
-class EvalStream:
-    """This rank's share of the validation set; iterate it once per evaluation. Loader workers stay alive between."""
+class _FixedBatches:
+    """This rank's share of `num_batches` batches, the same at every iteration. Loader workers stay alive between."""
 
-    def __init__(self, index: ShardIndex, config: DataConfig, transform: CenterCrop, batch: int, world: World) -> None:
-        self.index, self.num_samples = index, len(index)
-        addresses = _EvalAddresses(-(-len(index) // batch), batch, world)
-        samples = EvalSamples(index, config, transform)
+    def __init__(self, samples: Dataset[Batch], num_batches: int, size: int, config: DataConfig, world: World) -> None:
         self._device = world.device
-        self._loader = _loader(samples, addresses, num_workers(config, world), world)
+        self._loader = _loader(samples, _EvalAddresses(num_batches, size, world), num_workers(config, world), world)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises LocalError for data that cannot be read."""
+        """As many batches on every rank, the surplus ones ghosts. Raises LocalError for data that cannot be read."""
         for batch in _on_device(self._loader, self._device):
             if batch.outage:
                 raise LocalError(batch.outage)
             yield batch
+
+
+class EvalStream(_FixedBatches):
+    """The validation set, every sample once."""
+
+    def __init__(self, index: ShardIndex, config: DataConfig, transform: CenterCrop, batch: int, world: World) -> None:
+        self.index, self.num_samples = index, len(index)
+        super().__init__(EvalSamples(index, config, transform), -(-len(index) // batch), batch, config, world)
+
+
+class DrawnStream(_FixedBatches):
+    """`num_batches` micro-batches of `size` training samples, drawn once for all; under either transform."""
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        config: DataConfig,
+        transform: Augment | CenterCrop,
+        num_batches: int,
+        size: int,
+        seed: int,
+        world: World,
+    ) -> None:
+        samples = (
+            DrawnTrainSamples(index, transform, config, seed)
+            if isinstance(transform, Augment)
+            else DrawnEvalSamples(index, config, transform, seed)
+        )
+        super().__init__(samples, num_batches, size, config, world)

@@ -45,10 +45,10 @@ class Terminal:
         else:
             self.say(f"epoch {metrics['epoch']:.2f}  step {step}/{total_steps}  {text}")
 
-    def eval_line(self, step: int, metrics: dict[str, float], num_samples: int, best: float) -> None:
+    def eval_line(self, step: int, weights: str, metrics: dict[str, float], num_samples: int, best: float) -> None:
         self._best = f"top-1 {metrics['top1']:.2%} (best {best:.2%})"
         self.say(
-            f"step {step}: top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}  "
+            f"step {step}: {weights}: top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}  "
             f"on {num_samples:,} images  (best top-1 {best:.2%})"
         )
 

@@ -16,6 +16,17 @@ from dist_trainer.log.metrics_file import MetricsFile
 from dist_trainer.log.wandb_run import WandbConfig, WandbRun
 
 
+SCORED_AS = {
+    "model": "model",
+    "model_bn": "model, BN re-estimated",
+    "ema": "EMA",
+    "ema_bn": "EMA, BN re-estimated",
+    "average": "average",
+    "average_bn": "average, BN re-estimated",
+}
+"""What can be scored, by its name in files, as a person reads it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """Training metrics."""
@@ -54,11 +65,18 @@ class Tracker:
             self.terminal.train_line(step, self._total_steps, metrics)
 
     def evaluation(
-        self, step: int, epoch: float, name: str, metrics: dict[str, float], num_samples: int, best: float
+        self,
+        step: int,
+        epoch: float,
+        weights: str,
+        metrics: dict[str, float],
+        num_samples: int,
+        best: dict[str, Any],
     ) -> None:
-        """Metrics of one evaluation under `name`/, such as val/top1."""
-        self._write(step, {"epoch": epoch, **{f"{name}/{key}": value for key, value in metrics.items()}})
-        self.terminal.eval_line(step, metrics, num_samples, best)
+        """Metrics of one evaluation of these weights: val/top1, val_ema/top1, ..."""
+        prefix = "val" + weights.removeprefix("model") if weights.startswith("model") else f"val_{weights}"
+        self._write(step, {"epoch": epoch, **{f"{prefix}/{key}": value for key, value in metrics.items()}})
+        self.terminal.eval_line(step, SCORED_AS[weights], metrics, num_samples, best["top1"])
 
     def close(self, summary: dict[str, Any]) -> None:
         self.terminal.stop()

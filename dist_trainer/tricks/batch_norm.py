@@ -29,6 +29,7 @@ class RunningStatistics:
             if isinstance(layer, BatchNorm) and layer.running_mean is not None
         ]
         self._layers = [layer for _, layer in named]
+        self._names = [f"{name}.{kind}" for name, _ in named for kind in ("running_mean", "running_var")]
         for name, layer in named:
             if layer.momentum is None:
                 raise UserError(f"model: batch-norm layer {name!r} has momentum None; give it a number, usually 0.1")
@@ -38,7 +39,7 @@ class RunningStatistics:
         """What the layers' buffers hold: the statistics of the last micro-batch, or what `publish` put there."""
         self.running = self._batch.clone()
         self.sums = torch.zeros(len(self._batch), dtype=torch.float64, device=device)
-        sizes = [len(b) for b in buffers]
+        self._sizes = sizes = [len(b) for b in buffers]
         momenta = [layer.momentum for layer in self._layers for _ in range(2)]
         self._momentum = torch.repeat_interleave(
             torch.tensor(momenta, dtype=torch.float32), torch.tensor(sizes, dtype=torch.int64)
@@ -73,6 +74,20 @@ class RunningStatistics:
 
         Training is not affected: a training forward overwrites the buffers with its own batch's statistics.
         """
-        self._batch.copy_(self.running)
+        self.put(self.running)
         for counter in self._counters:
             counter.fill_(self._num_updates)
+
+    def put(self, statistics: torch.Tensor) -> None:
+        """Have the layers hold these statistics (float32 [2C]) until `publish` or the next training forward."""
+        self._batch.copy_(statistics)
+
+    def named(self, statistics: torch.Tensor) -> dict[str, torch.Tensor]:
+        """float32 [2C] as buffers by name: {"bn1.running_mean": [C1], "bn1.running_var": [C1], ...}."""
+        return dict(zip(self._names, statistics.split(self._sizes), strict=True)) if self._sizes else {}
+
+    def packed(self, state: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Undo `named`: float32 [2C] on the model's device; names that are missing keep what the layers hold."""
+        now = self.named(self._batch)
+        parts = [state.get(name, value).to(self._batch) for name, value in now.items()]
+        return torch.cat(parts) if parts else self._batch.clone()

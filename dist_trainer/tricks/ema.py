@@ -1,0 +1,121 @@
+"""Exponential moving average of the weights: float32, once per applied update, without communication.
+
+Each rank averages what it keeps of the weights: rank 0 all of them, or at ZeRO 3 every rank its own piece. Batch-norm's
+running statistics are equal on all ranks and averaged on each.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from dist_trainer.errors import UserError
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """A second set of weights that follows training slowly; validated and saved beside the first."""
+
+    decay: float | None = None
+    """Share of the average that stays at each update: 0.9999 for long runs, 0.999 for short ones; null: no average."""
+    ramp: Literal["constant", "threshold", "exponential"] = "constant"
+    """How the decay gets there: at once; min(decay, (1 + s) / (10 + s)); decay * (1 - exp(-beta * s / S))."""
+    beta: float = 15.0
+    """Of the exponential ramp: at 15, 99% of the decay is reached after 31% of the run."""
+    start: str = "0step"
+    """When the average begins, as a copy of the weights."""
+    every: int = 1
+    """Average every so many updates, with the decay to that power."""
+    device: Literal["same", "cpu"] = "same"
+    """Where the average is kept: with the weights, or in host memory (each average then copies the weights there)."""
+
+    def check(self) -> None:
+        """Raises UserError for values that make no average."""
+        if self.decay is not None and not 0.0 <= self.decay < 1.0:
+            raise UserError(f"ema.decay: {self.decay} is not in [0, 1); null turns the average off")
+        if self.every < 1:
+            raise UserError(f"ema.every: {self.every} is not a positive number of updates")
+        if not self.beta > 0:
+            raise UserError(f"ema.beta: {self.beta} is not positive")
+
+
+def decay_at(config: EmaConfig, step: int, total: int) -> float:
+    """The decay of the update number `step` (from 0) of `total` after the start.
+
+    The ramps are those of super-gradients' ema_decay_schedules.py (threshold as in TensorFlow's
+    ExponentialMovingAverage), with updates where that counts micro-batches.
+    """
+    assert config.decay is not None
+    if config.ramp == "threshold":
+        return min(config.decay, (1 + step) / (10 + step))
+    if config.ramp == "exponential":
+        return config.decay * (1 - math.exp(-config.beta * step / total))
+    return config.decay
+
+
+class Ema:
+    """`weights` and `statistics` are the average once it `has_begun`. Updates that were not applied do not count."""
+
+    def __init__(
+        self, config: EmaConfig, live: Callable[[], State], statistics: torch.Tensor, start: int, total: int
+    ) -> None:
+        """`live` gives the float32 weights that this rank averages, by name; on some ranks none.
+
+        `statistics`: float32 [2C], where training starts. `start`, `total`: in applied updates of the run.
+        """
+        self._config, self._start, self._total = config, start, max(1, total - start)
+        self._live = live
+        device = torch.device("cpu") if config.device == "cpu" else None
+        self.weights = {name: value.to(device, copy=True) for name, value in live().items()}
+        self.statistics = statistics.clone()
+        self.num_updates = 0
+        """Applied updates of the run so far."""
+        self._num_followed = 0
+
+    @property
+    def has_begun(self) -> bool:
+        return self.num_updates > self._start or not self._start
+
+    @property
+    def decay(self) -> float:
+        """That of the last update."""
+        return decay_at(self._config, max(0, self.num_updates - 1 - self._start), self._total)
+
+    def _weight(self, number: int) -> float | None:
+        """What the new values weigh after the update with this number (from 0); None: nothing is done."""
+        step = number - self._start
+        if step < 0:
+            return 1.0 if step == -1 else None  # the copy that the average begins with
+        if (step + 1) % self._config.every:
+            return None
+        return float(1.0 - decay_at(self._config, step, self._total) ** self._config.every)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights. To be called after every applied update."""
+        weight = self._weight(self.num_updates)
+        self.num_updates += 1
+        if weight is None or not self.weights:
+            return
+        live = self._live()
+        if self._config.device == "cpu":
+            live = {name: value.to("cpu") for name, value in live.items()}
+        torch._foreach_lerp_(list(self.weights.values()), [live[name] for name in self.weights], weight)
+
+    def follow(self, statistics: torch.Tensor) -> None:
+        """Take in the running statistics (float32 [2C]) of the next applied update; they come later than its weights."""
+        weight = self._weight(self._num_followed)
+        self._num_followed += 1
+        if weight is not None:
+            self.statistics.lerp_(statistics, weight)
+
+    def load(self, weights: State, statistics: torch.Tensor, num_updates: int) -> None:
+        """Go on from a checkpoint: this rank's share of the weights, and the statistics."""
+        for name, value in self.weights.items():
+            value.copy_(weights[name])
+        self.statistics.copy_(statistics)
+        self.num_updates = self._num_followed = num_updates
