@@ -73,12 +73,8 @@ def decode_region(data: bytes, channels: int, box: Box) -> torch.Tensor:
 
 def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """uint8 [C, H, W] to [C, *size], bilinear and antialiased: the bits of torchvision's `resize(antialias=True)`."""
-    channels, height, width = image.shape
-    if image.stride() == (1, 4 * width, 4):  # pixels of four bytes, as decode_region leaves them
-        # With the fourth byte the kernel takes the pixels as they lie, instead of copying them first.
-        image = image.as_strided((4, height, width), image.stride())
     resized = functional.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)
-    return resized[0, :channels]
+    return resized[0]
 
 
 def decoder_line() -> str:

@@ -6,8 +6,8 @@
 
 #include <jpeglib.h>
 
-/* Rows and columns around the region that take part in its chroma upsampling, and are cut off again. */
-#define GUARD 16
+/* Rows and columns around the region: upsampling mixes each chroma sample (two pixels) with its neighbour. */
+#define GUARD 4
 
 struct failure {
   struct jpeg_error_mgr base;
@@ -33,8 +33,8 @@ const char *dist_trainer_libjpeg(void) {
 
 /* Columns [left, left + width) and rows [top, top + height) of a JPEG into `pixels`, row by row without gaps.
  *
- * channels 3: four bytes per pixel (R, G, B, 255); channels 1: the grey, one byte per pixel. Returns 0, or 1 for data
- * that are damaged or that another decoder has to read.
+ * channels 3: R, G, B; channels 1: the grey. Returns 0, or 1 for data that are damaged or that another decoder has
+ * to read.
  */
 int dist_trainer_decode_region(const unsigned char *data, unsigned long length, int channels, int left, int top,
                                int width, int height, unsigned char *pixels) {
@@ -56,12 +56,12 @@ int dist_trainer_decode_region(const unsigned char *data, unsigned long length, 
     jpeg_destroy_decompress(&info);
     return 1;
   }
-  info.out_color_space = channels == 1 ? JCS_GRAYSCALE : JCS_EXT_RGBX;
+  info.out_color_space = channels == 1 ? JCS_GRAYSCALE : JCS_RGB;
   jpeg_start_decompress(&info);
   JDIMENSION first = left > GUARD ? left - GUARD : 0, end = left + width + GUARD;
   JDIMENSION wide = (end < info.output_width ? end : info.output_width) - first;
   jpeg_crop_scanline(&info, &first, &wide); /* moves `first` down to a block's edge */
-  size_t depth = channels == 1 ? 1 : 4, row = width * depth, skip = (left - first) * depth;
+  size_t depth = channels == 1 ? 1 : 3, row = width * depth, skip = (left - first) * depth;
   JSAMPARRAY line = info.mem->alloc_sarray((j_common_ptr)&info, JPOOL_IMAGE, wide * depth, 1);
   /* Rows above are decoded as well: skipping starts the upsampler anew. */
   if (top > GUARD) jpeg_skip_scanlines(&info, top - GUARD);

@@ -37,13 +37,13 @@ is_available = _library is not None
 def decode_region(data: bytes, channels: int, box: tuple[int, int, int, int]) -> torch.Tensor | None:
     """uint8 [channels, height, width] of the box (left, top, width, height), the bits of a full decode.
 
-    A view of memory that is [height, width, 4] for three channels. None for what has to be left to another decoder:
+    A view of memory that is [height, width, channels]. None for what has to be left to another decoder:
     damaged data, CMYK, no JPEG, a box that leaves the image. Holds no lock meanwhile.
     """
     if _library is None:
         return None
     left, top, width, height = box
-    pixels = torch.empty((height, width, 1 if channels == 1 else 4), dtype=torch.uint8)
+    pixels = torch.empty((height, width, channels), dtype=torch.uint8)
     if _library.dist_trainer_decode_region(data, len(data), channels, left, top, width, height, pixels.data_ptr()):
         return None
-    return pixels.permute(2, 0, 1)[:channels]
+    return pixels.permute(2, 0, 1)

@@ -9,7 +9,7 @@ between platforms or releases (a golden test pins it).
 class, each class going through its own samples in permuted cycles that run on from epoch to epoch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,21 +35,37 @@ class OrderSpec:
     window: int = 512
 
 
+def _parts(labels: npt.NDArray[np.int32]) -> Iterator[tuple[int, npt.NDArray[np.int32]]]:
+    """(place of the first, labels) in pieces of four million."""
+    for first in range(0, len(labels), 1 << 22):
+        yield first, labels[first : first + (1 << 22)]
+
+
 class ClassOrder:
     """Rounds of one sample per class, `num_samples // num_classes` rounds an epoch. Raises UserError without labels."""
 
     def __init__(self, labels: npt.NDArray[np.int32], seed: int) -> None:
         """`labels` int32 [N]; samples with a negative one are left out."""
         self._seed = seed
-        # Sorted by class, as few bytes each as will do: 16-bit keys are sorted by radix, 20 times as fast.
-        narrow = labels.astype(np.uint16 if labels.max(initial=0) < 2**16 - 1 else np.uint32)  # -1 becomes the last
-        order = np.argsort(narrow, kind="stable")
-        num_known = int((labels >= 0).sum())
-        self._ids = order[:num_known].astype(np.uint32 if len(labels) < 2**32 else np.int64)
-        self._counts = np.bincount(labels[labels >= 0])
-        self._counts = self._counts[self._counts > 0].astype(np.int64)
-        if not len(self._counts):
+        num_classes = int(labels.max(initial=-1)) + 1
+        if not num_classes:
             raise UserError("data.order: balanced, but no sample has a label")
+        counts = np.zeros(num_classes, np.int64)
+        for _, part in _parts(labels):
+            counts += np.bincount(part[part >= 0], minlength=num_classes)
+        num_known = int(counts.sum())
+        # Sorted by class part by part, which takes a sixth of the memory of sorting all at once.
+        self._ids = np.empty(num_known, np.uint32 if len(labels) < 2**32 else np.int64)
+        end = np.cumsum(counts) - counts
+        for first, part in _parts(labels):
+            known = np.flatnonzero(part >= 0)
+            narrow = part[known].astype(np.uint16 if num_classes <= 2**16 else np.uint32)  # 16 bits: a radix sort
+            order = np.argsort(narrow, kind="stable")
+            in_part = np.bincount(narrow, minlength=num_classes)
+            begin = end - (np.cumsum(in_part) - in_part)
+            self._ids[np.repeat(begin, in_part) + np.arange(len(order))] = known[order] + first
+            end += in_part
+        self._counts = counts[counts > 0]
         self._begin = np.cumsum(self._counts) - self._counts
         self.size = max(1, num_known // len(self._counts)) * len(self._counts)
 
