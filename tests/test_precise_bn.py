@@ -138,14 +138,15 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
 @pytest.mark.parametrize("case", ["plain", "ranks without a batch", "synchronised"])
 def test_any_world_pools_what_all_its_ranks_saw(ranks: dict[int, Any], case: str) -> None:
     """Worlds 1 to 4, five uneven drifting micro-batches (or two): ranks run one, two or none that count, all equally
-    many. The same bits on every rank, and NumPy's pooled float64 statistics of all that counted.
+    many. The same bits on every rank, and NumPy's pooled float64 statistics of all that counted; one collective.
 
     Mutations: merge over batches, or over ranks, without the between term; no collective; let surplus batches count;
-    give each rank the same weight; each rank merges from its own place on; SyncBatchNorm's own buffers.
+    give each rank the same weight; SyncBatchNorm's own buffers; gather float32.
     """
     for results in ranks.values():
         states = [result[case][0] for result in results]
         assert all(same_bits(state, states[0]) for state in states)
+        assert all(result[case][2] == ["torch.float64"] for result in results)
         seen = defaultdict(list)
         for result in results:
             for name, inputs in result[case][1].items():

@@ -1,7 +1,7 @@
 """PreciseBN on worlds of 1 to 4 ranks, one after another: torchrun --nproc-per-node=4 precise_bn.py FOLDER.
 
 Rank r of world w writes FOLDER/w-r.pt: per case (the statistics re-estimated, float64 inputs of each layer in the
-forwards that counted), which the test pools by itself.
+forwards that counted, dtypes of what was gathered); the test pools the inputs by itself.
 """
 
 import os
@@ -53,7 +53,16 @@ def synchronised() -> nn.Module:
 CASES = {"plain": (plain, 5), "ranks without a batch": (plain, 2), "synchronised": (synchronised, 5)}
 
 
-def run(build: Any, num_slots: int) -> tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]:
+gathered: list[str] = []
+_all_gather = dist.all_gather
+
+
+def watched_all_gather(parts: list[torch.Tensor], tensor: torch.Tensor) -> None:
+    gathered.append(str(tensor.dtype))
+    _all_gather(parts, tensor)
+
+
+def run(build: Any, num_slots: int) -> tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]], list[str]]:
     """Slots are dealt to ranks in turn; a rank without one in the last round runs slot 0 again, uncounted."""
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)
@@ -64,12 +73,14 @@ def run(build: Any, num_slots: int) -> tuple[dict[str, torch.Tensor], dict[str, 
     for name, layer in model.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0].double()))
+    gathered.clear()
     state = re_estimate(model, iter(mine), model)
-    return state, {name: inputs[: len(slots[rank::size])] for name, inputs in seen.items()}
+    return state, {name: inputs[: len(slots[rank::size])] for name, inputs in seen.items()}, [*gathered]
 
 
 def main() -> None:
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    dist.all_gather = watched_all_gather
     for size in range(rank + 1, 5):
         dist.init_process_group("gloo", init_method=f"file://{folder}/world-{size}", rank=rank, world_size=size)
         torch.save({case: run(*what) for case, what in CASES.items()}, folder / f"{size}-{rank}.pt")
