@@ -35,12 +35,14 @@ class CheckpointConfig:
     """Checkpoints kept for resuming. The best validated weights are kept beside."""
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -48,7 +50,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _host(state: State) -> State:
+def on_host(state: State) -> State:
     """Contiguous copies on the host: safetensors takes neither channels_last nor views of one storage."""
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
 
@@ -58,17 +60,17 @@ def write(folder: Path, tensors: dict[str, State], state: dict[str, Any]) -> Non
     shutil.rmtree(folder, ignore_errors=True)  # an earlier try that never got its manifest
     folder.mkdir(parents=True)
     for name, values in tensors.items():
-        save_file(_host(values), folder / f"{name}.safetensors")
+        save_file(on_host(values), folder / f"{name}.safetensors")
     (folder / "state.json").write_text(json.dumps({"version": VERSION, **state}, indent=1))
     files = {}
     for path in sorted(folder.iterdir()):
-        _sync(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": _digest(path)}
+        sync(path)
+        files[path.name] = {"size": path.stat().st_size, "sha256": digest(path)}
     temporary = folder / f".{MANIFEST}"
     temporary.write_text(json.dumps({"version": VERSION, "files": files}, indent=1))
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(folder / MANIFEST)
-    _sync(folder)
+    sync(folder)
 
 
 def fault(folder: Path, *, digests: bool = True) -> str | None:
@@ -79,7 +81,7 @@ def fault(folder: Path, *, digests: bool = True) -> str | None:
             size = (folder / name).stat().st_size
             if size != expected["size"]:
                 return f"{name} has {size} of {expected['size']} bytes"
-            if digests and _digest(folder / name) != expected["sha256"]:
+            if digests and digest(folder / name) != expected["sha256"]:
                 return f"{name} does not match its digest"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"

@@ -229,7 +229,7 @@ def test_a_pickle_in_the_place_of_weights_is_refused_and_not_run(tmp_path: Path)
     checkpoint.write(folder, {"model": {"x": torch.zeros(1)}}, {})
     shutil.copy(planted, folder / "model.safetensors")
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
-    manifest["files"]["model.safetensors"] = {"size": planted.stat().st_size, "sha256": checkpoint._digest(planted)}
+    manifest["files"]["model.safetensors"] = {"size": planted.stat().st_size, "sha256": checkpoint.digest(planted)}
     (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     assert checkpoint.fault(folder) is None
     for path in (planted, folder):

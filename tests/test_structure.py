@@ -14,7 +14,7 @@ FLOORS = [
     [{"keyed", "plan", "comm", "named", "processes"}],
     [{"data/"}, {"tricks/"}, {"models"}, {"log/"}],
     [{"shards/"}],
-    [{"inference", "engine", "zero_state", "checkpoint", "evaluate", "step_sums"}],
+    [{"inference", "engine", "zero_state", "checkpoint", "snapshots", "evaluate", "step_sums"}],
     [{"config", "run_folder"}],
     [{"run", "plan_report", "evaluation_run"}, {"arguments"}],
     [{"train"}],
