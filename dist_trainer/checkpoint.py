@@ -95,6 +95,11 @@ def _steps(root: Path) -> list[Path]:
     return sorted((p for p in root.glob("step_*") if p.is_dir()), reverse=True) if root.is_dir() else []
 
 
+def complete(root: Path) -> list[Path]:
+    """The checkpoints under `root` that have all their files, newest first."""
+    return [folder for folder in _steps(root) if not fault(folder, digests=False)]
+
+
 def newest(root: Path) -> tuple[Path | None, list[str]]:
     """(the newest complete checkpoint under `root` or None, a line for each newer one that was passed over)."""
     notes: list[str] = []

@@ -195,7 +195,8 @@ class Engine(Inference):
             torch.cat([value.to(self._device).flatten() for value in weights.values()], out=flat)
         if not self.is_sharded:
             dist.broadcast(flat, 0)
-        others = [each.view(value.shape) for each, value in zip(flat.split([v.numel() for v in own]), own, strict=True)]
+        parts = torch.split(flat, [value.numel() for value in own])
+        others = [part.view(value.shape) for part, value in zip(parts, own, strict=True)]
         try:
             self._rewrite(own, others)
             yield

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from dist_trainer import checkpoint
+from dist_trainer.average import Averaging
 from dist_trainer.comm import StopRequest, World, on_main
 from dist_trainer.config import TrainConfig
 from dist_trainer.data.augment import Augment
@@ -23,7 +24,7 @@ from dist_trainer.evaluate import center_crop
 from dist_trainer.inference import Preprocess
 from dist_trainer.log.console import Terminal
 from dist_trainer.log.meter import Meter
-from dist_trainer.log.tracker import SCORED_AS, Tracker
+from dist_trainer.log.tracker import SCORES, Tracker
 from dist_trainer.models import build_model
 from dist_trainer.plan import Duration, Plan, make_plan
 from dist_trainer.run_folder import RunFolder, auto_name, git_revision, identity
@@ -104,6 +105,7 @@ class Run:
     batch_norm: RunningStatistics
     ema: Ema | None
     weights: Weights
+    averaging: Averaging | None
     sums: StepSums
     health: Health
     meter: Meter
@@ -235,6 +237,9 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
         progress = Progress(**{key: state[key] for key in Progress.__dataclass_fields__})
         if ema is not None:
             weights.load_ema(checkpoint.load_tensors(Path(resumed_from), "ema"), progress.step - progress.skipped)
+    averaging = Averaging(config.averaging, weights, folder.snapshots, world) if config.averaging.top_k else None
+    for note in averaging.resume(progress.evaluated_step) if averaging is not None else []:
+        terminal.say(note)
     tracker = Tracker(world, plan.total_steps, terminal)
     tracker.open(
         folder.path, progress.step, config.wandb, {**config.as_dict(), "world": world.size, "git": git_revision()}
@@ -251,6 +256,7 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
         batch_norm=batch_norm,
         ema=ema,
         weights=weights,
+        averaging=averaging,
         sums=StepSums(plan, batch_norm, ema, meter, health, folder.bad_samples, stop, world),
         health=health,
         meter=meter,
@@ -276,7 +282,7 @@ def build_ema(config: EmaConfig, engine: Engine, batch_norm: RunningStatistics, 
 def build_draw(config: TrainConfig, train: ShardIndex, world: World) -> DrawnStream | None:
     """The training samples from which batch-norm is re-estimated, where that is configured. Raises UserError."""
     size, precise = config.batch.micro_batch, config.precise_bn
-    num_batches = precise.num_batches(size, len(train))
+    num_batches = precise.num_slots(size, len(train))
     if not num_batches:
         return None
     if config.data.source == "stream":
@@ -344,9 +350,11 @@ def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
     """The summary as a person reads it."""
     rows = {}
     for name, values in summary["final"].items():
-        rows[SCORED_AS[name]] = _accuracy(values)
+        rows[SCORES[name][1]] = _accuracy(values)
     if best := summary["best"]:
-        rows["best"] = f"{_accuracy(best)} at step {best['step']} ({SCORED_AS[best['weights']]})"
+        if "average" in summary["final"] and not best["weights"].startswith("average"):
+            rows["average"] = "does not help here"
+        rows["best"] = f"{_accuracy(best)} at step {best['step']} ({SCORES[best['weights']][1]})"
     seconds = summary["seconds"]
     rows["steps"] = f"{summary['steps']} ({summary['epochs']:g} epochs, {summary['skipped']} skipped)"
     rows["time"] = (

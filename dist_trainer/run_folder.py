@@ -152,6 +152,15 @@ class RunFolder:
         return self.path / "best"
 
     @property
+    def snapshots(self) -> Path:
+        """The k best, for averaging."""
+        return self.path / "snapshots"
+
+    @property
+    def average(self) -> Path:
+        return self.path / "average"
+
+    @property
     def bad_samples(self) -> Path:
         return self.path / "bad_samples.jsonl"
 

@@ -1,5 +1,6 @@
 """A training run. `train` is the loop and everything that happens in it, in order; run.py builds what it uses."""
 
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -7,6 +8,7 @@ from typing import Any, NoReturn
 from dist_trainer import checkpoint
 from dist_trainer.comm import on_main
 from dist_trainer.data.batch import Batch
+from dist_trainer.engine import State
 from dist_trainer.errors import UserError
 from dist_trainer.evaluate import evaluate, report_bad
 from dist_trainer.run import Run
@@ -39,6 +41,8 @@ def train(run: Run) -> str | None:
                 f"step {progress.step}: the gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in a row; none was "
                 "applied. Lower lr, lengthen lr.warmup.duration, or set engine.clip_grad_norm; then start again"
             )
+    if run.averaging is not None:
+        average(run)
     return None
 
 
@@ -76,26 +80,45 @@ def training_metrics(run: Run) -> dict[str, float | int]:
 
 def validate(run: Run) -> None:
     """Score all weights exactly, as they are and with batch-norm re-estimated; keep the best so far (collective)."""
-    run.meter.pause()
-    run.sums.finish()
-    start = time.perf_counter()
-    run.progress.last = {}
-    for name in run.weights.names:
-        with run.weights.held(name):
-            score(run, name)
-            if run.weights.can_re_estimate:
-                run.weights.re_estimate(name)
-                score(run, f"{name}_bn")
-    run.progress.evaluated_step = run.progress.step
-    run.seconds["eval"] += time.perf_counter() - start
-    run.meter.go_on()
+    with not_training(run, "eval"):
+        run.progress.last = {}
+        for name in run.weights.names:
+            score_held(run, name)
+        run.progress.evaluated_step = run.progress.step
+
+
+def average(run: Run) -> None:
+    """Score the mean of the k best snapshots, and keep it beside the checkpoints (collective)."""
+    assert run.averaging is not None
+    with not_training(run, "eval"):
+
+        def accuracy(state: State) -> float:
+            with run.weights.held("average", state):
+                return evaluate(run.engine, run.val).metrics["top1"]
+
+        state = run.averaging.average(accuracy)
+        if state is not None:
+            score_held(run, "average", state)
+            statistics = run.weights.re_estimated.get("average", {})
+            metrics = {name: each for name, each in run.progress.last.items() if name.startswith("average")}
+            tensors, folder = {"model": state | statistics}, run.folder.average
+            on_main(run.world, lambda: checkpoint.save(folder, run.progress.step, tensors, metrics, keep=1))
+
+
+def score_held(run: Run, name: str, state: State | None = None) -> None:
+    """Score weights with their own running statistics, then, if so configured, with re-estimated ones."""
+    with run.weights.held(name, state):
+        score(run, name)
+        if run.weights.can_re_estimate:
+            run.weights.re_estimate(name)
+            score(run, f"{name}_bn")
 
 
 def score(run: Run, name: str) -> None:
     """Score what the module holds, under `name`."""
     progress = run.progress
     result = evaluate(run.engine, run.val)
-    if not progress.last:
+    if not progress.last:  # bad validation samples are the same ones each time
         listing = run.folder.bad_samples if run.world.is_main else None
         report_bad(run.config.eval, run.val.index, result, listing, run.tracker.terminal)
     progress.last[name] = metrics = result.metrics
@@ -103,29 +126,47 @@ def score(run: Run, name: str) -> None:
         progress.best = {"weights": name, "step": progress.step, **metrics}
         weights, folder = run.weights.state(), run.folder.best
         on_main(run.world, lambda: checkpoint.replace_best(folder, weights, progress.best))
+    if run.averaging is not None and (note := run.averaging.offer(name, progress.step, metrics)):
+        run.tracker.terminal.say(note)
     run.tracker.evaluation(
         progress.step, run.plan.epoch(progress.step), name, metrics, result.num_samples, progress.best
     )
 
 
-def save(run: Run) -> None:
-    """Commit a checkpoint of this very step (collective)."""
+@contextlib.contextmanager
+def not_training(run: Run, what: str) -> Iterator[None]:
+    """What happens in this block waits for the step's sums, and its time counts as `what`."""
     run.meter.pause()
     run.sums.finish()
-    run.batch_norm.publish()
-    start, progress = time.perf_counter(), run.progress
-    tensors = {"model": run.weights.state(), "optim": run.engine.optimizer_state()}
-    if run.ema is not None:
-        tensors["ema"] = run.weights.ema_state()
-    if progress.evaluated_step == progress.step:
-        tensors |= {f"bn_{name}": state for name, state in run.weights.re_estimated.items()}
-    state: dict[str, Any] = {
-        **run.facts,
-        **progress.as_dict(run.plan),
-        "meter": run.meter.state(),
-        "bad_samples": run.health.state(),
-    }
-    root, keep = run.folder.checkpoints, run.config.checkpoint.keep_last
-    on_main(run.world, lambda: checkpoint.save(root, progress.step, tensors, state, keep))
-    run.seconds["save"] += time.perf_counter() - start
+    start = time.perf_counter()
+    yield
+    run.seconds[what] += time.perf_counter() - start
     run.meter.go_on()
+
+
+def save(run: Run) -> None:
+    """Commit a checkpoint of this very step (collective)."""
+    with not_training(run, "save"):
+        progress, weights = run.progress, run.weights
+        run.batch_norm.publish()
+        tensors = {"model": weights.state(), "optim": run.engine.optimizer_state()}
+        if run.ema is not None:
+            tensors["ema"] = weights.ema_state()
+        if progress.evaluated_step == progress.step:
+            tensors |= {f"bn_{name}": statistics for name, statistics in weights.re_estimated.items()}
+        state: dict[str, Any] = {
+            **run.facts,
+            **progress.as_dict(run.plan),
+            "meter": run.meter.state(),
+            "bad_samples": run.health.state(),
+        }
+
+        def commit() -> None:
+            root = run.folder.checkpoints
+            checkpoint.save(root, progress.step, tensors, state, run.config.checkpoint.keep_last)
+            if run.averaging is not None:
+                run.averaging.commit(
+                    checkpoint.load_state(each)["evaluated_step"] for each in checkpoint.complete(root)
+                )
+
+        on_main(run.world, commit)

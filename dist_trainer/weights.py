@@ -21,17 +21,26 @@ class Weights:
         """Batch-norm statistics by name, of the weights that were last `held` under it."""
 
     @property
+    def all_names(self) -> list[str]:
+        """Whatever is scored while training, by name (log/tracker.py)."""
+        names = ["model", *(["ema"] if self._ema is not None else [])]
+        return [name + kind for name in names for kind in ("", "_bn") if not kind or self.can_re_estimate]
+
+    @property
     def names(self) -> list[str]:
         """model, and ema once it has begun; the same on every rank."""
         return ["model", *(["ema"] if self._ema is not None and self._ema.has_begun else [])]
 
     @contextlib.contextmanager
-    def held(self, name: str) -> Iterator[None]:
-        """In this block the module holds these weights with their running statistics (collective)."""
+    def held(self, name: str, state: State | None = None) -> Iterator[None]:
+        """In this block the module holds the weights of this name, or whole ones of `state` (collective)."""
         with contextlib.ExitStack() as stack:
             stack.callback(self._batch_norm.publish)
             self._batch_norm.publish()
-            if name == "ema":
+            if state is not None:
+                stack.enter_context(self._engine.holding(self._engine.own_part(state)))
+                self._batch_norm.put(self._batch_norm.packed(state))
+            elif name == "ema":
                 assert self._ema is not None
                 stack.enter_context(self._engine.holding(self._ema.weights))
                 self._batch_norm.put(self._ema.statistics)
@@ -45,7 +54,7 @@ class Weights:
         """Replace the statistics of the held weights by those over the draw, until the block ends (collective)."""
         assert self._draw is not None
         batches = ((batch.images, not batch.ghost) for batch in self._draw)
-        found = re_estimate(self._engine.module, batches, self._engine.logits, self._engine.world.device)
+        found = re_estimate(self._engine.module, batches, self._engine.logits)
         self._batch_norm.put(self._batch_norm.packed(found))
         self.re_estimated[name] = found
 

@@ -62,7 +62,7 @@ def joined(parameters: dict[str, nn.Parameter], everyone: list[torch.Tensor]) ->
     sizes = [piece(parameter).numel() for parameter in parameters.values()]
     state: State = {}
     for (name, parameter), parts in zip(
-        parameters.items(), zip(*(flat.split(sizes) for flat in everyone), strict=True), strict=True
+        parameters.items(), zip(*(torch.split(flat, sizes) for flat in everyone), strict=True), strict=True
     ):
         shape: torch.Size = parameter.ds_shape  # type: ignore[attr-defined]
         state[name] = torch.cat(parts)[: shape.numel()].view(shape)

@@ -48,8 +48,8 @@ class Terminal:
     def eval_line(self, step: int, weights: str, metrics: dict[str, float], num_samples: int, best: float) -> None:
         self._best = f"top-1 {metrics['top1']:.2%} (best {best:.2%})"
         self.say(
-            f"step {step}: {weights}: top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}  "
-            f"on {num_samples:,} images  (best top-1 {best:.2%})"
+            f"step {step}: {weights}: top-1 {metrics['top1']:.2%}  top-5 {metrics['top5']:.2%}  "
+            f"loss {metrics['loss']:.4f}  on {num_samples:,} images  (best top-1 {best:.2%})"
         )
 
     def stop(self) -> None:

@@ -1,8 +1,8 @@
 """Where metrics go: the terminal, metrics.jsonl and W&B, on rank 0.
 
 Names: train/loss (mean over samples since the last line), train/lr, train/grad_norm (of the last step, before
-clipping), train/skipped (steps not applied, so far), data/bad (different bad samples, so far),
-val/top1, val/top5 (fractions), val/loss,
+clipping), train/skipped (steps not applied, so far), data/bad (different bad samples, so far), ema/decay,
+val/top1, val/top5 (fractions), val/loss, and the same with the other prefixes of SCORES,
 perf/images_per_s, perf/data_wait (share of the time that rank 0 waited for data), epoch.
 """
 
@@ -15,16 +15,15 @@ from dist_trainer.log.console import Terminal
 from dist_trainer.log.metrics_file import MetricsFile
 from dist_trainer.log.wandb_run import WandbConfig, WandbRun
 
-
-SCORED_AS = {
-    "model": "model",
-    "model_bn": "model, BN re-estimated",
-    "ema": "EMA",
-    "ema_bn": "EMA, BN re-estimated",
-    "average": "average",
-    "average_bn": "average, BN re-estimated",
+SCORES = {
+    "model": ("val", "model"),
+    "model_bn": ("val_bn", "model, BN re-estimated"),
+    "ema": ("val_ema", "EMA"),
+    "ema_bn": ("val_ema_bn", "EMA, BN re-estimated"),
+    "average": ("val_avg", "average"),
+    "average_bn": ("val_avg_bn", "average, BN re-estimated"),
 }
-"""What can be scored, by its name in files, as a person reads it."""
+"""What can be scored: its name in files -> (the prefix of its metrics, its name for a person)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +73,9 @@ class Tracker:
         best: dict[str, Any],
     ) -> None:
         """Metrics of one evaluation of these weights: val/top1, val_ema/top1, ..."""
-        prefix = "val" + weights.removeprefix("model") if weights.startswith("model") else f"val_{weights}"
+        prefix, title = SCORES[weights]
         self._write(step, {"epoch": epoch, **{f"{prefix}/{key}": value for key, value in metrics.items()}})
-        self.terminal.eval_line(step, SCORED_AS[weights], metrics, num_samples, best["top1"])
+        self.terminal.eval_line(step, title, metrics, num_samples, best["top1"])
 
     def close(self, summary: dict[str, Any]) -> None:
         self.terminal.stop()

@@ -84,7 +84,7 @@ class RunningStatistics:
 
     def named(self, statistics: torch.Tensor) -> dict[str, torch.Tensor]:
         """float32 [2C] as buffers by name: {"bn1.running_mean": [C1], "bn1.running_var": [C1], ...}."""
-        return dict(zip(self._names, statistics.split(self._sizes), strict=True)) if self._sizes else {}
+        return dict(zip(self._names, torch.split(statistics, self._sizes), strict=True)) if self._sizes else {}
 
     def packed(self, state: dict[str, torch.Tensor]) -> torch.Tensor:
         """Undo `named`: float32 [2C] on the model's device; names that are missing keep what the layers hold."""

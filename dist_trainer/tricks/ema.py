@@ -107,7 +107,7 @@ class Ema:
         torch._foreach_lerp_(list(self.weights.values()), [live[name] for name in self.weights], weight)
 
     def follow(self, statistics: torch.Tensor) -> None:
-        """Take in the running statistics (float32 [2C]) of the next applied update; they come later than its weights."""
+        """Take in the running statistics (float32 [2C]) of the next applied update: they come after its weights."""
         weight = self._weight(self._num_followed)
         self._num_followed += 1
         if weight is not None:
