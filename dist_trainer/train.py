@@ -7,9 +7,9 @@ from typing import Any, NoReturn
 from dist_trainer import checkpoint
 from dist_trainer.comm import on_main
 from dist_trainer.data.batch import Batch
-from dist_trainer.errors import UserError
+from dist_trainer.errors import LocalError, UserError
 from dist_trainer.evaluate import evaluate, report_bad
-from dist_trainer.run import Run
+from dist_trainer.run import Run, finish_run
 
 MAX_SKIPPED_IN_A_ROW = 20
 
@@ -18,7 +18,7 @@ def train(run: Run) -> str | None:
     """Train from where `run` stands to the end. Returns None, or the name of the signal that stopped it before."""
     plan, sums, progress = run.plan, run.sums, run.progress
     if plan.due(progress.step, run.every.eval) and progress.evaluated_step < progress.step:
-        validate(run)  # a stop came between a step and its evaluation
+        validate(run)  # a stop or a failure came between a step and its evaluation
     for step, batches in run.stream.steps(start=progress.step):
         train_step(run, step, batches)
         if run.health.outage:
@@ -56,6 +56,7 @@ def train_step(run: Run, step: int, batches: Iterator[Batch]) -> None:
 def give_up(run: Run, reason: str) -> NoReturn:
     """Save what has been reached, and raise UserError: bad data and lost storage stop every rank at the same step."""
     save(run)
+    finish_run(run, "an error")
     raise UserError(f"stopped after step {run.progress.step}, saved; start again to go on: {reason}")
 
 
@@ -72,14 +73,23 @@ def training_metrics(run: Run) -> dict[str, float | int]:
 
 
 def validate(run: Run) -> None:
-    """Score the validation set exactly; keep the weights if they are the best so far (collective)."""
+    """Score the validation set exactly; keep the weights if they are the best so far (collective).
+
+    Raises UserError, after a save, for a validation set that cannot be scored: nothing that was trained is lost.
+    """
     run.meter.pause()
     run.sums.finish()
     run.batch_norm.publish()
     start = time.perf_counter()
-    result = evaluate(run.engine, run.val)
     listing = run.folder.bad_samples if run.world.is_main else None
-    report_bad(run.config.eval, run.val.index, result, listing, run.tracker.terminal)
+    try:
+        result = evaluate(run.engine, run.val)
+        report_bad(run.config.eval, run.val.index, result, listing, run.tracker.terminal)
+    except LocalError:
+        raise
+    except UserError as error:
+        run.meter.go_on()
+        give_up(run, str(error))
     progress, metrics = run.progress, result.metrics
     progress.evaluated_step, progress.last = progress.step, metrics
     if metrics["top1"] > progress.best.get("top1", -1.0):
