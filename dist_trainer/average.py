@@ -32,7 +32,7 @@ class Averaging:
         return on_main(self._world, lambda: self._snapshots.resume(step))
 
     def offer(self, name: str, step: int, metrics: dict[str, float]) -> str | None:
-        """Keep what the module holds, if it is these weights and among the best (collective); a line if it cannot be."""
+        """Keep what the module holds, if it is these weights and among the best (collective); a line if not."""
         if name != self._name:
             return None
         value = metrics[self._key]

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from dist_trainer.errors import UserError
 from dist_trainer.processes import STOP_SIGNALS, cores, die_with_parent
 
 T = TypeVar("T")
+_BEAT_S = 60.0  # well below the time that a collective waits
 
 
 @dataclass(frozen=True)
@@ -138,14 +139,47 @@ def gather_json(world: World, value: Any) -> list[Any]:
     return [json.loads(bytes(each.numpy())) for each in everyone]
 
 
+@contextlib.contextmanager
+def _still_at_it(world: World) -> Iterator[None]:
+    """Rank 0 runs the block; the others wait here until it is through."""
+    if world.size == 1:
+        yield
+        return
+    if not world.is_main:
+        yield
+        going_on = torch.ones(1)
+        while going_on:
+            dist.broadcast(going_on, 0, group=world.host_group)
+        return
+    through = threading.Event()
+
+    def beat() -> None:
+        while not through.wait(_BEAT_S):
+            dist.broadcast(torch.ones(1), 0, group=world.host_group)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        through.set()
+        thread.join()
+    dist.broadcast(torch.zeros(1), 0, group=world.host_group)
+
+
 def on_main(world: World, work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 and give its JSON-able result, or its UserError, to every rank: all go on or none does."""
+    """Run `work` on rank 0 and give its JSON-able result, or its UserError, to every rank: all go on or none does.
+
+    It may take longer than collectives wait: a thread says now and then that rank 0 is still at it. `work` itself
+    must use no collectives.
+    """
     outcome: dict[str, Any] = {}
-    if world.is_main:
-        try:
-            outcome["value"] = work()
-        except (UserError, OSError) as error:
-            outcome["error"] = str(error)
+    with _still_at_it(world):
+        if world.is_main:
+            try:
+                outcome["value"] = work()
+            except (UserError, OSError) as error:
+                outcome["error"] = str(error)
     outcome = broadcast_json(world, outcome)
     if "error" in outcome:
         raise UserError(outcome["error"])

@@ -66,12 +66,13 @@ def center_crop(config: EvalConfig) -> CenterCrop:
 def evaluate(engine: Inference, stream: EvalStream) -> EvalResult:
     """Score every sample of `stream` once, on all ranks together (collective).
 
-    The module is in evaluation mode meanwhile and in its former mode afterwards. Raises RuntimeError unless exactly all
-    samples were counted.
+    The module is in evaluation mode meanwhile and in its former mode afterwards. Raises UserError, on every rank, for
+    storage that stays away, and RuntimeError unless exactly all samples were counted.
     """
     # correct1, correct5, counted, loss: float64 holds integers exactly up to 2**53
     sums = torch.zeros(4, dtype=torch.float64, device=engine.world.device)
     bad: list[BadSample] = []
+    outages: list[str] = []
     was_training = engine.module.training
     engine.module.eval()
     try:
@@ -83,12 +84,15 @@ def evaluate(engine: Inference, stream: EvalStream) -> EvalResult:
             seen = weight > 0  # masks, no indexing by them: that would wait for the device at every batch
             correct1, correct5 = (hits[:, 0] & seen).sum(), (hits.any(dim=1) & seen).sum()
             bad += batch.bad
+            outages += [batch.outage] if batch.outage else []
             sums += torch.stack([correct1, correct5, seen.sum(), torch.where(seen, loss, 0.0).double().sum()])
     finally:
         engine.module.train(was_training)
-    sums = torch.cat([sums, sums.new_tensor([len(bad)])])
+    sums = torch.cat([sums, sums.new_tensor([len(bad), len(outages)])])
     dist.all_reduce(sums)
-    top1, top5, counted, loss_sum, num_bad = sums.tolist()
+    top1, top5, counted, loss_sum, num_bad, num_outages = sums.tolist()
+    if num_outages:
+        raise UserError(next(line for rank in gather_json(engine.world, outages) for line in rank))
     if int(counted + num_bad) != stream.num_samples:
         raise RuntimeError(
             f"validation counted {int(counted)} and {int(num_bad)} bad of {stream.num_samples} samples: "
@@ -111,7 +115,7 @@ def report_bad(
         health.write(listing, health.learn(result.bad))
     line = (
         f"{len(result.bad)} bad validation samples of {result.num_samples}: {Health.summary(result.bad)}. "
-        f"Run: dist-trainer shards check {index.path}"
+        f"Run: dist-trainer shards check {index.location}"
     )
     if config.bad == "fail":
         raise UserError(f"eval.bad: fail: {line}")

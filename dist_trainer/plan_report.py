@@ -5,8 +5,9 @@ from typing import Any
 
 from dist_trainer.comm import devices
 from dist_trainer.config import TrainConfig
+from dist_trainer.data.index import ShardIndex
 from dist_trainer.models import build_model
-from dist_trainer.plan import Duration, largest_world, make_plan, num_slots
+from dist_trainer.plan import largest_world, num_slots
 from dist_trainer.run import Every, open_data, plan_of, prepare_data
 from dist_trainer.tricks.learning_rate import LearningRate
 from dist_trainer.tricks.losses import build_loss
@@ -17,14 +18,13 @@ def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: i
     """Figures by name. Whatever `train` would refuse is refused here: raises UserError."""
     num_classes = 1000  # ImageNet's, where the data are not here
     world = gpus if gpus is not None else largest_world(config.batch, devices())
+    train: ShardIndex | int
     if num_samples is None:
         train, _ = open_data(config, prepare_data(config))
         num_classes = train.num_classes
-        plan = plan_of(config, train, world)
     else:
-        tail, repeats = config.data.tail, config.augment.repeats
-        duration = Duration.parse(config.duration, "duration")
-        plan = make_plan(config.batch, duration, world=world, num_samples=num_samples, tail=tail, repeats=repeats)
+        train = num_samples
+    plan = plan_of(config, train, world)
     rate = LearningRate(config.lr, plan)
     Every.of(config)
     model = build_model(config.model, num_classes, config.run.seed)

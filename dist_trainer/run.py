@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from dist_trainer import checkpoint
@@ -12,10 +13,12 @@ from dist_trainer.average import Averaging
 from dist_trainer.comm import StopRequest, World, on_main
 from dist_trainer.config import TrainConfig
 from dist_trainer.data.augment import Augment
+from dist_trainer.data.config import DataConfig
 from dist_trainer.data.decode import decoder_line
 from dist_trainer.data.health import Health
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.order import Kind
+from dist_trainer.data.read import Bad, Reader
 from dist_trainer.data.stream import DrawnStream, EvalStream, TrainStream, order_samples
 from dist_trainer.data.unindexed import SAID
 from dist_trainer.engine import Engine, build_engine
@@ -28,7 +31,7 @@ from dist_trainer.log.tracker import SCORES, Tracker
 from dist_trainer.models import build_model
 from dist_trainer.plan import Duration, Plan, make_plan
 from dist_trainer.run_folder import RunFolder, auto_name, git_revision, identity
-from dist_trainer.shards.sources import is_class_sorted, local_index, match_classes, open_index, prepare_index
+from dist_trainer.shards.sources import is_class_sorted, match_classes, open_index, prepare_index
 from dist_trainer.step_sums import StepSums
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema, EmaConfig
@@ -121,8 +124,8 @@ class Run:
 class DataPlace:
     """Where the indices of a run's data are, and what was said of them. Found on one rank, used on all."""
 
-    train: str
-    val: str
+    indices: dict[str, tuple[str, str]]
+    """train (not for a stream of tars) and val: path and fingerprint"""
     notes: list[str]
 
 
@@ -141,9 +144,10 @@ def prepare_data(config: TrainConfig) -> dict[str, Any]:
         for name in names
     }
     notes = [note for _, note in found.values() if note]
+    indices = {name: (path, ShardIndex.load(Path(path), verify=False).fingerprint) for name, (path, _) in found.items()}
     notes += [decoder_line()] if config.augment.crop is not None else []
     notes += [SAID] if config.data.source == "stream" else []
-    return asdict(DataPlace(train=found.get("train", ("", ""))[0], val=found["val"][0], notes=notes))
+    return asdict(DataPlace(indices, notes))
 
 
 def open_data(config: TrainConfig, place: dict[str, Any]) -> tuple[ShardIndex, ShardIndex]:
@@ -151,9 +155,9 @@ def open_data(config: TrainConfig, place: dict[str, Any]) -> tuple[ShardIndex, S
 
     A stream of tars has no index; the one of validation then stands in its place, for its classes.
     """
-    local = {name: local_index(place[name], config.data) for name in ("train", "val") if place[name]}
-    val = open_index(local["val"])
-    train = open_index(local["train"]) if "train" in local else val
+    opened = {name: open_index(path).expect(fingerprint) for name, (path, fingerprint) in place["indices"].items()}
+    val = opened["val"]
+    train = opened.get("train", val)
     return train, match_classes(train, val)
 
 
@@ -164,17 +168,18 @@ def order_of(config: TrainConfig, train: ShardIndex) -> Kind:
     return "full" if is_class_sorted(train) else "window"
 
 
-def plan_of(config: TrainConfig, train: ShardIndex, world: int) -> Plan:
-    """The plan of a run on `world` ranks. Raises UserError for what cannot be."""
-    kind = order_of(config, train)
-    samples = config.data.num_samples or order_samples(train, kind, config.run.seed)
-    duration = Duration.parse(config.duration, "duration")
+def plan_of(config: TrainConfig, train: ShardIndex | int, world: int) -> Plan:
+    """The plan of a run on `world` ranks over an index, or so many samples. Raises UserError for what cannot be."""
+    is_stream = config.data.source == "stream"
+    if is_stream and config.augment.repeats > 1:
+        raise UserError(f"augment.repeats: {config.augment.repeats} has no effect with data.source: stream")
+    samples = train if isinstance(train, int) else order_samples(train, order_of(config, train), config.run.seed)
     return make_plan(
         config.batch,
-        duration,
+        Duration.parse(config.duration, "duration"),
         world=world,
-        num_samples=samples,
-        tail="carry" if config.data.source == "stream" else config.data.tail,  # a stream has no end to mask
+        num_samples=(config.data.num_samples or samples) if is_stream else samples,
+        tail="carry" if is_stream else config.data.tail,  # a stream has no end to mask
         repeats=config.augment.repeats,
     )
 
@@ -197,6 +202,8 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
     model = build_model(config.model, train_index.num_classes, config.run.seed)
     optimizer, loss = build_optimizer(config.optimizer, model), build_loss(config.loss)
     kind = order_of(config, train_index)
+    if kind == "full" and config.data.order == "auto":
+        terminal.say("data.order: full, since the training set is sorted by class")
     stream = TrainStream(train_index, plan, config.data, config.augment, kind, config.run.seed, world)
     if note := stream.warning(config.data):
         terminal.say(note)
@@ -234,6 +241,9 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
         engine.load_optimizer_state(checkpoint.load_tensors(Path(resumed_from), "optim"))
         meter.load(state["meter"])
         health.load(state["bad_samples"])
+        if health.over_budget:
+            mended = on_main(world, lambda: mended_samples(train_index, config.data, health))
+            health.forget(lambda bad: bad.sample in mended)
         progress = Progress(**{key: state[key] for key in Progress.__dataclass_fields__})
         if ema is not None:
             weights.load_ema(checkpoint.load_tensors(Path(resumed_from), "ema"), progress.step - progress.skipped)
@@ -289,6 +299,13 @@ def build_draw(config: TrainConfig, train: ShardIndex, world: World) -> DrawnStr
         raise UserError("precise_bn.num_samples: needs an index to draw from; data.source: stream has none")
     transform = Augment(config.augment, config.run.seed) if precise.transform == "train" else center_crop(config.eval)
     return DrawnStream(train, config.data, transform, num_batches, size, config.run.seed, world)
+
+
+def mended_samples(index: ShardIndex, config: DataConfig, health: Health) -> list[int]:
+    """Known bad samples whose bytes are those of the index again."""
+    reader = Reader(index, options=config.storage_options, retry=config.retry, cache=config.cache)
+    ids = np.array([bad.sample for bad in health.known if bad.kind == "crc"], np.int64)
+    return [sample for sample, data in zip(ids.tolist(), reader.read(ids), strict=True) if not isinstance(data, Bad)]
 
 
 def _claim(folder: RunFolder, config: TrainConfig, what: dict[str, Any], world: World, terminal: Terminal) -> str:

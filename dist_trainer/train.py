@@ -9,9 +9,9 @@ from dist_trainer import checkpoint
 from dist_trainer.comm import on_main
 from dist_trainer.data.batch import Batch
 from dist_trainer.engine import State
-from dist_trainer.errors import UserError
+from dist_trainer.errors import LocalError, UserError
 from dist_trainer.evaluate import evaluate, report_bad
-from dist_trainer.run import Run
+from dist_trainer.run import Run, finish_run
 
 MAX_SKIPPED_IN_A_ROW = 20
 
@@ -20,7 +20,7 @@ def train(run: Run) -> str | None:
     """Train from where `run` stands to the end. Returns None, or the name of the signal that stopped it before."""
     plan, sums, progress = run.plan, run.sums, run.progress
     if plan.due(progress.step, run.every.eval) and progress.evaluated_step < progress.step:
-        validate(run)  # a stop came between a step and its evaluation
+        validate(run)  # a stop or a failure came between a step and its evaluation
     for step, batches in run.stream.steps(start=progress.step):
         train_step(run, step, batches)
         if run.health.outage:
@@ -62,6 +62,7 @@ def train_step(run: Run, step: int, batches: Iterator[Batch]) -> None:
 def give_up(run: Run, reason: str) -> NoReturn:
     """Save what has been reached, and raise UserError: bad data and lost storage stop every rank at the same step."""
     save(run)
+    finish_run(run, "an error")
     raise UserError(f"stopped after step {run.progress.step}, saved; start again to go on: {reason}")
 
 
@@ -80,7 +81,7 @@ def training_metrics(run: Run) -> dict[str, float | int]:
 
 def validate(run: Run) -> None:
     """Score all weights exactly, as they are and with batch-norm re-estimated; keep the best so far (collective)."""
-    with not_training(run, "eval"):
+    with scoring(run):
         run.progress.last = {}
         for name in run.weights.names:
             score_held(run, name)
@@ -90,7 +91,7 @@ def validate(run: Run) -> None:
 def average(run: Run) -> None:
     """Score the mean of the k best snapshots, and keep it beside the checkpoints (collective)."""
     assert run.averaging is not None
-    with not_training(run, "eval"):
+    with scoring(run):
 
         def accuracy(state: State) -> float:
             with run.weights.held("average", state):
@@ -103,6 +104,18 @@ def average(run: Run) -> None:
             metrics = {name: each for name, each in run.progress.last.items() if name.startswith("average")}
             tensors, folder = {"model": state | statistics}, run.folder.average
             on_main(run.world, lambda: checkpoint.save(folder, run.progress.step, tensors, metrics, keep=1))
+
+
+@contextlib.contextmanager
+def scoring(run: Run) -> Iterator[None]:
+    """Where weights are scored. Raises UserError, after a save, when they cannot be: no training is lost."""
+    try:
+        with not_training(run, "eval"):
+            yield
+    except LocalError:
+        raise
+    except UserError as error:
+        give_up(run, str(error))
 
 
 def score_held(run: Run, name: str, state: State | None = None) -> None:
@@ -139,9 +152,11 @@ def not_training(run: Run, what: str) -> Iterator[None]:
     run.meter.pause()
     run.sums.finish()
     start = time.perf_counter()
-    yield
-    run.seconds[what] += time.perf_counter() - start
-    run.meter.go_on()
+    try:
+        yield
+    finally:
+        run.seconds[what] += time.perf_counter() - start
+        run.meter.go_on()
 
 
 def save(run: Run) -> None:

@@ -3,8 +3,12 @@
 import contextlib
 from collections.abc import Iterator
 
+import torch
+
+from dist_trainer.comm import gather_json
 from dist_trainer.data.stream import DrawnStream
 from dist_trainer.engine import Engine, State
+from dist_trainer.errors import UserError
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema
 from dist_trainer.tricks.precise_bn import re_estimate
@@ -51,10 +55,21 @@ class Weights:
         return self._draw is not None and len(self._batch_norm) > 0
 
     def re_estimate(self, name: str) -> None:
-        """Replace the statistics of the held weights by those over the draw, until the block ends (collective)."""
+        """Replace the statistics of the held weights by those over the draw, until the block ends (collective).
+
+        Raises UserError, on every rank, for storage that stays away.
+        """
         assert self._draw is not None
-        batches = ((batch.images, not batch.ghost) for batch in self._draw)
-        found = re_estimate(self._engine.module, batches, self._engine.logits)
+        outages: list[str] = []
+
+        def batches() -> Iterator[tuple[torch.Tensor, bool]]:
+            for batch in self._draw or ():
+                outages.extend([batch.outage] if batch.outage else [])
+                yield batch.images, not batch.ghost
+
+        found = re_estimate(self._engine.module, batches(), self._engine.logits)
+        for line in (line for rank in gather_json(self._engine.world, outages) for line in rank):
+            raise UserError(line)
         self._batch_norm.put(self._batch_norm.packed(found))
         self.re_estimated[name] = found
 

@@ -12,9 +12,7 @@ import faulty_fs  # noqa: F401  # its protocol is needed in each process
 import numpy as np
 
 from dist_trainer.data import cache
-from dist_trainer.data.cache import CacheConfig, local_copy
 from dist_trainer.data.read import Reader
-from dist_trainer.data.storage import Storage
 
 HANG = 60  # seconds: a guard against hanging, no measure of speed
 
@@ -101,7 +99,3 @@ def prefetch_and_end(reader: Reader, blocks: list[int]) -> str:
     """Leave threads behind that hang in a request."""
     reader.prefetch(blocks)
     return "done"
-
-
-def copy(location: str, config: CacheConfig, options: dict[str, Any]) -> str:
-    return str(local_copy(location, config, Storage(options)))

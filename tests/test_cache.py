@@ -12,15 +12,15 @@ import cache_jobs
 import numpy as np
 import pytest
 from cache_jobs import HANG, Job
-from faulty_fs import FOR_EVER, lines
+from faulty_fs import FOR_EVER
 from nodes import BLOCK, NUM_BLOCKS, Node, refused, wait_for
 
 from dist_trainer.data import cache as cache_module
-from dist_trainer.data.cache import BlockCache, CacheConfig, local_copy, own_folder
+from dist_trainer.data.cache import BlockCache, CacheConfig, own_folder
 from dist_trainer.data.flock import is_at, lock_file
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.retry import in_background
-from dist_trainer.data.storage import RetryConfig, Storage
+from dist_trainer.data.storage import RetryConfig
 
 # Faults and deaths
 
@@ -183,27 +183,7 @@ def test_a_cache_folder_that_vanishes_is_no_end(index: ShardIndex, truth: list[b
     assert reader.read(np.arange(203)) == truth
 
 
-# Whole files, folders, configs
-
-
-def test_an_index_is_copied_once_to_the_node(tmp_path: Path, node: Node) -> None:
-    """By three processes at once; anew when it has changed, and then beside the old one, which others may have mapped.
-
-    Fails without the lock (three copies), or when a stale copy is given.
-    """
-    source, log = tmp_path / "index.dtx", tmp_path / "log"
-    config, options = CacheConfig(dir=str(node.folder)), {"log": str(tmp_path / "log")}
-    for content in (os.urandom(3000), os.urandom(3000)):
-        source.write_bytes(content)
-        asked = sum("get" in line for line in lines(log))
-        jobs = [Job(cache_jobs.copy, f"faulty://{source}", config, options) for _ in range(3)]
-        paths = {job.result() for job in jobs}
-        assert len(paths) == 1
-        assert Path(paths.pop()).read_bytes() == content
-        assert sum("get" in line for line in lines(log)) == asked + 1
-    assert len(list((node.folder / "files").iterdir())) == 2
-    with pytest.raises(FileNotFoundError):
-        local_copy(f"faulty://{tmp_path}/none", config, Storage())
+# Folders, configs
 
 
 def test_the_folder_is_ours_alone(tmp_path: Path) -> None:

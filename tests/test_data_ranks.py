@@ -97,6 +97,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, sets: Path) -> Path:
     run_jobs(3, [
         *({"name": f"{name}-3", "argv": each, "record": True} for name, each in variants.items()),
         {"name": "bad-3", "argv": bad, "record": True},
+        {"name": "eval_fail", "argv": [*bad, "--eval.bad=fail"], "fails": True},
+        {"name": "late", "argv": argv, "late": True},
     ], folder)  # fmt: skip
     killed = [*argv, "--checkpoint.every=1step"]
     run_jobs(2, [
@@ -215,6 +217,23 @@ def test_bad_samples_keep_their_place_count_nothing_and_are_listed_once(runs: Pa
         assert (metrics(run, "val/top1")[-1] * 101) % 1 == pytest.approx(0, abs=1e-9)
     ones, threes = metrics(runs / "bad-1", "train/loss"), metrics(runs / "bad-3", "train/loss")
     assert all(abs(a - b) < TOLERANCE for a, b in zip(ones, threes, strict=True))
+
+
+def test_a_validation_set_that_cannot_be_scored_costs_no_training(runs: Path) -> None:
+    """All ranks say the same; the steps are saved, the run is stopped. Fails when validation comes before saving."""
+    said = {(runs / f"eval_fail-rank{rank}.txt").read_text() for rank in range(3)}
+    assert len(said) == 1
+    assert (
+        f"stopped after step {STEPS}, saved; start again to go on: eval.bad: fail: 1 bad validation sample"
+        in said.pop()
+    )
+    assert newest(runs / "eval_fail").name == f"step_{STEPS:08d}"
+    assert (runs / "eval_fail" / "STATE").read_text() == "stopped\n"
+
+
+def test_work_of_rank_0_may_take_longer_than_collectives_wait(runs: Path) -> None:
+    """5 s of it, in a group whose collectives end after 2 s: so a large set can be indexed. Fails without the beats."""
+    assert [(runs / f"late-rank{rank}.txt").read_text() for rank in range(3)] == ["done"] * 3
 
 
 def test_over_the_budget_all_ranks_stop_and_a_larger_one_goes_on(sets: Path, runs: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dist_trainer.data.stages import seed_all
 from dist_trainer.errors import UserError
 from dist_trainer.keyed import AUGMENT, CROP, FLIP, UInt64, hashes, uniform
 from dist_trainer.named import Named, build
@@ -82,6 +83,9 @@ class Augment:
             for name, (lo, hi), most in (("scale", config.crop.scale, 1.0), ("ratio", config.crop.ratio, math.inf)):
                 if not 0 < lo <= hi <= most:
                     raise UserError(f"augment.crop.{name}: [{lo}, {hi}] is not an ascending pair in (0, {most:g}]")
+        self.size = config.crop.size if config.crop is not None and not config.transforms else None
+        """Pixels on each side of what comes out, where that is certain."""
+        self._seed_step = seed_all if any(":" in named.name for named in config.transforms) else _seed_torch
         self._steps: list[Transform] = [
             build(f"augment.transforms[{number}]", named, vars(_torchvision()), kind="transform")
             for number, named in enumerate(config.transforms)
@@ -92,10 +96,9 @@ class Augment:
         return hashes(hashes(ids, AUGMENT, self._seed, copy) ^ epochs.astype(np.uint64), AUGMENT)
 
     def transform(self, image: torch.Tensor, sample_key: int) -> torch.Tensor:
-        """uint8 [C, H, W] to the same type; leaves torch's default generator in a state that nothing may rely on."""
+        """uint8 [C, H, W] to the same type; leaves random generators in a state that nothing may rely on."""
         if self._steps:
-            # default_generator.manual_seed costs 1 us, torch.manual_seed 79.
-            torch.default_generator.manual_seed(sample_key)
+            self._seed_step(sample_key)
             for step in self._steps:
                 image = step(image)
         return image
@@ -103,6 +106,11 @@ class Augment:
     def flips(self, keys: UInt64) -> np.ndarray:
         """Which samples are mirrored (bool, one per key)."""
         return uniform(keys, FLIP) < self._flip
+
+
+def _seed_torch(seed: int) -> None:
+    """All that torchvision's transforms draw from. torch.manual_seed would cost 79 us, this 1."""
+    torch.default_generator.manual_seed(seed)
 
 
 def _torchvision() -> Any:
@@ -116,6 +124,7 @@ class CenterCrop:
     """The evaluation transform: resize the shorter side, cut the centre. Either may be null."""
 
     def __init__(self, resize: int | None, crop: int | None) -> None:
+        self.crop = crop
         self._steps: list[Any] = []
         if resize:
             self._steps.append(_torchvision().Resize(resize, antialias=True))

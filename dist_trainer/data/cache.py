@@ -5,16 +5,14 @@ second time, and the kernel lets the lock go when its owner dies, however. Then 
 whole. The sum of all sizes stands in the file `usage`, raised before a byte is written. What would exceed the bound
 first evicts the blocks that were used longest ago, down to 19/20 of the bound, so that the folder is listed once per
 many blocks. Marks of use are ten seconds coarse. The bound holds for what the folder lists; each process may hold a
-few evicted blocks open besides, and files that are being copied whole (`local_copy`) do not count.
+few evicted blocks open besides.
 """
 
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import re
-import shutil
 import stat
 import sys
 import time
@@ -24,16 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_trainer.data.flock import is_at, lock_file, remove_left
-from dist_trainer.data.storage import Storage
-from dist_trainer.errors import Outage, UserError
+from dist_trainer.errors import UserError
 
 _MAX_OPEN = 4  # an evicted block takes its space until every process has closed it
 _MAX_MARKS = 4096
 _TOUCH_EVERY = 10.0  # seconds between two marks of use of one block
 _SWEEP_EVERY = 60.0  # seconds between two counts by processes that start
 _PAUSE_WHEN_FULL = 30.0  # seconds without writing after the disk refused
-_COPY_PATIENCE = 300.0  # seconds to wait for another process that copies a file
-_MONTH = 30 * 86400.0
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _UNITS["TIB"] = 2**40
 
@@ -284,48 +279,3 @@ class _Usage:
     def set(self, total: int, swept: int | None = None) -> None:
         self.bytes, self.swept = total, self.swept if swept is None else swept
         os.pwrite(self._descriptor, b"%31d %31d\n" % (self.bytes, self.swept), 0)
-
-
-def local_copy(location: str, cache: CacheConfig, storage: Storage) -> Path:
-    """The file at a URL, copied once to this node: what is mapped into memory has to lie there.
-
-    It does not count in `cache.size`; copies that were not asked for in a month go. Raises what Storage raises, and
-    UserError when the disk is full.
-    """
-    found = storage.stat(location)
-    folder = own_folder(cache.folder) / "files"
-    digest = hashlib.sha256(f"{location}\n{found.stamp}\n{found.size}".encode()).hexdigest()[:32]
-    path = folder / f"{digest}-{location.rpartition('/')[2]}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if not _is_whole(path, found.size):
-            _copy(location, path, found.size, storage)
-        os.utime(path)
-    except OSError as error:
-        if error.filename == location:
-            raise
-        raise UserError(f"data.cache.dir: {folder}: {error.strerror or error}; name another folder") from None
-    return path
-
-
-def _is_whole(path: Path, size: int) -> bool:
-    return path.exists() and path.stat().st_size == size
-
-
-def _copy(location: str, path: Path, size: int, storage: Storage) -> None:
-    part = path.with_name(f"{path.name}.part")
-    descriptor = lock_file(part, _COPY_PATIENCE)
-    if descriptor is None:
-        raise Outage(f"{location}: another process has been copying it for {_COPY_PATIENCE:.0f} s; start again")
-    with os.fdopen(descriptor, "wb") as file:
-        if _is_whole(path, size):  # that other process was quicker
-            part.unlink()
-            return
-        with storage.open(location) as source:
-            shutil.copyfileobj(source, file, 2**20)
-        file.truncate()  # a killed process may have left more
-        part.rename(path)
-    for old in path.parent.iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - old.stat().st_mtime > _MONTH:
-                old.unlink()

@@ -55,6 +55,9 @@ class DataConfig:
             raise UserError(f"data.max_bad: {self.max_bad} is negative; 0 stops at the first bad sample")
         if self.source == "stream" and not self.num_samples:
             raise UserError("data.num_samples: is required with data.source: stream, which has no index to count them")
+        if self.source == "stream" and (self.stages or self.order != "auto"):
+            key = "data.stages" if self.stages else "data.order"
+            raise UserError(f"{key}: has no effect with data.source: stream; leave it out, or index the tars")
         self.cache.check("data.cache")
         self.retry.check("data.retry")
         refuse_secrets("data.storage_options", self.storage_options)

@@ -1,11 +1,14 @@
 """Bad samples: counted once each over all ranks, listed, and one budget that stops every rank at the same step."""
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dist_trainer.data.index import BAD, ShardIndex
 from dist_trainer.data.read import Bad
@@ -22,12 +25,21 @@ class BadSample:
 
     @classmethod
     def of(cls, index: ShardIndex, sample: int, bad: Bad) -> "BadSample":
-        return cls(sample, bad.kind, index.describe(sample).partition(",")[0], bad.reason)
+        shard = int(index.shard_of(np.array([sample]))[0])
+        return cls(sample, bad.kind, index.file_of(sample, shard), bad.reason)
 
 
 def budget(max_bad: int | str, num_samples: int) -> int:
     """How many different bad samples a run bears: max(10, N / 10,000) unless the config says."""
     return max(10, num_samples // 10_000) if max_bad == "auto" else int(max_bad)
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 class Health:
@@ -43,6 +55,10 @@ class Health:
         self._accepted = {problem.sample for problem in index.problems}
 
     @property
+    def known(self) -> list[BadSample]:
+        return list(self._known.values())
+
+    @property
     def num_bad(self) -> int:
         """Different bad samples met so far."""
         return len(self._known)
@@ -55,10 +71,16 @@ class Health:
         return new
 
     def write(self, path: Path, samples: Iterable[BadSample]) -> None:
-        """Append to bad_samples.jsonl: one line each, with class and place; none twice, also after a resume."""
-        lines = path.read_text().splitlines() if path.exists() else []
-        listed = {(line["split"], line["sample"]) for line in map(json.loads, lines)}
-        with path.open("a") as file:
+        """Append to bad_samples.jsonl: one line each, with class and place; none twice, also after a resume.
+
+        It is a list for people: training goes on where it cannot be written.
+        """
+        with contextlib.suppress(OSError), path.open("a+") as file:
+            file.seek(0)
+            text = file.read()
+            if text and not text.endswith("\n"):  # a kill cut the last line off
+                file.write("\n")
+            listed = {(line.get("split"), line.get("sample")) for line in map(_parsed, text.splitlines())}
             for bad in samples:
                 if (self._split, bad.sample) in listed:
                     continue
@@ -80,7 +102,8 @@ class Health:
             return None
         return (
             f"{len(counted)} bad samples, over the budget of {self.limit} (data.max_bad): {self.summary(counted)}. "
-            f"Run: dist-trainer shards check {self._index.path or self._index.root}"
+            f"Run: dist-trainer shards check {self._index.location}, and mend the shards, or go on with "
+            f"--data.max_bad {2 * len(counted)}"
         )
 
     @staticmethod
@@ -98,3 +121,7 @@ class Health:
 
     def load(self, state: Iterable[dict[str, Any]]) -> None:
         self.learn(BadSample(**bad) for bad in state)
+
+    def forget(self, is_mended: Callable[[BadSample], bool]) -> None:
+        """Leave out what has been mended since."""
+        self._known = {sample: bad for sample, bad in self._known.items() if not is_mended(bad)}

@@ -5,6 +5,7 @@ inside its shard, label, crc32, width and height. Per shard: the number of its f
 change or ETag. A shard is a tar; of an image folder it is a class folder, and then each sample has a file name.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -16,9 +17,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from dist_trainer.errors import UserError
+from dist_trainer.errors import LocalError, UserError
 
 VERSION = 2
 FILE_NAME = "index.dtx"
@@ -69,6 +71,11 @@ class ShardIndex:
         return len(self.samples)
 
     @property
+    def location(self) -> str:
+        """What to name it by in a message: its file, or where its shards are."""
+        return self.path or self.root
+
+    @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
@@ -113,7 +120,7 @@ class ShardIndex:
         return f"{self.shard_path(shard)}, sample {sample - int(self.first[shard])} at byte {place}"
 
     def save(self, path: Path) -> None:
-        """Write atomically: an index that exists is whole."""
+        """Write atomically: an index that exists is whole. Raises OSError."""
         arrays: dict[str, npt.NDArray[Any]] = {
             "samples": np.ascontiguousarray(self.samples).view(np.uint8).reshape(-1, SAMPLE.itemsize),
             "shard_first": self.first,
@@ -132,8 +139,13 @@ class ShardIndex:
             "fingerprint": self.fingerprint,
         }
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(arrays, temporary, metadata=metadata)
-        temporary.replace(path)
+        try:
+            save_file(arrays, temporary, metadata=metadata)
+            temporary.replace(path)
+        except SafetensorError as error:  # an OSError in disguise
+            raise OSError(errno.EIO, str(error), str(path)) from None
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path, *, verify: bool = True) -> "ShardIndex":
@@ -167,18 +179,24 @@ class ShardIndex:
             raise UserError(f"{path}: damaged index ({error}); {_ANEW}") from None
         return index
 
+    def expect(self, fingerprint: str) -> "ShardIndex":
+        """This index. Raises LocalError when it is another one than that of the rank that looked at it first."""
+        if self.fingerprint != fingerprint:
+            raise LocalError(f"{self.path}: is not the index that this run started with; start again")
+        return self
+
     def __reduce__(self) -> Any:
         """Loader workers map the file themselves: 100 M samples are 2.4 GB that need not be copied."""
         if self.path:
-            return _load_again, (self.path,)
+            return _load_again, (self.path, self.fingerprint)
         return partial(ShardIndex, **{each.name: getattr(self, each.name) for each in fields(self)}), ()
 
 
 _ANEW = "delete it and run the command again"
 
 
-def _load_again(path: str) -> ShardIndex:
-    return ShardIndex.load(Path(path), verify=False)
+def _load_again(path: str, fingerprint: str) -> ShardIndex:
+    return ShardIndex.load(Path(path), verify=False).expect(fingerprint)
 
 
 def _map(path: Path) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:

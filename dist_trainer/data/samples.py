@@ -33,6 +33,9 @@ class _Samples(Dataset[Batch]):
             index, options=config.storage_options, retry=config.retry, cache=config.cache, whole_blocks=whole_blocks
         )
         self._shape: tuple[int, ...] | None = None
+        """Of every image, once it is known."""
+        self._outage: str | None = None
+        """Storage that stayed away: it is not waited for at every batch of the step that is given up."""
 
     @property
     def is_cached(self) -> bool:
@@ -62,25 +65,33 @@ class _Samples(Dataset[Batch]):
             ids=torch.from_numpy(ids),
             address=address,
         )
-        try:
-            data: list[Encoded] = [*self._reader.read(ids)]
-            if self._stages:
-                data = self._staged(ids, data, keys, labels)
-            rows = self._images(ids, data, keys)
-            self._substitute(batch, rows)
-            batch.num_valid = int(batch.weight.sum())
-            batch.images = self._stack(ids, rows, self._flips(keys))
-        except Outage as error:
-            if self._shape is None:  # nothing was ever read: there is no run to save
+        if self._outage is None:
+            try:
+                data: list[Encoded] = [*self._reader.read(ids)]
+                if self._stages:
+                    data = self._staged(ids, data, keys, labels)
+                rows = self._images(ids, data, keys)
+                self._substitute(batch, rows)
+                batch.num_valid = int(batch.weight.sum())
+                batch.images = self._stack(ids, rows, self._flips(keys))
+                self._look_ahead(address)
+            except Outage as error:
+                self._outage = str(error)
+            except UserError as error:
                 batch.problem = str(error)
-            else:
-                batch.outage = str(error)
-                batch.weight.fill_(torch.nan)
-                batch.images = torch.zeros((len(ids), *self._shape), dtype=torch.uint8)
-        except UserError as error:
-            batch.problem = str(error)
-        self._look_ahead(address)
+        if self._outage is not None:
+            self._without_data(batch)
         return batch
+
+    def _without_data(self, batch: Batch) -> None:
+        """What stands for a batch while storage is away; no step is taken with it."""
+        if self._shape is None:  # nothing was ever read: there is no run to save
+            batch.problem = self._outage
+            return
+        batch.outage = self._outage
+        batch.labels.fill_(0)
+        batch.weight.fill_(torch.nan)
+        batch.images = torch.zeros((len(batch.ids), *self._shape), dtype=torch.uint8)
 
     def _look_ahead(self, address: Any) -> None:
         """Have fetched what will be needed."""
@@ -93,11 +104,28 @@ class _Samples(Dataset[Batch]):
         ]
         data = list(data)
         for place, sample in zip(good, self._stages(samples, keys[good]), strict=True):
-            image, labels[place] = sample["image"], sample["cls"]
-            if isinstance(image, bytes) and image is not data[place]:
-                image = self._decode(image)  # the index knows the size of the original alone
-            data[place] = torch.as_tensor(image) if isinstance(image, np.ndarray) else image
+            image, labels[place] = self._returned(sample)
+            is_new = isinstance(image, bytes) and image is not data[place]
+            data[place] = self._decode(image) if is_new else image  # the index knows the size of the original alone
         return data
+
+    def _returned(self, sample: Sample) -> tuple[bytes | torch.Tensor, int]:
+        """Image and class of what the stages made of a sample. Raises UserError for what cannot be."""
+        image, label = sample.get("image"), sample.get("cls")
+        if isinstance(image, np.ndarray):
+            image = torch.as_tensor(image)
+        if not isinstance(label, int | np.integer) or not 0 <= label < self._index.num_classes:
+            raise UserError(f"data.stages: cls is {label!r}; it must be a class number below {self._index.num_classes}")
+        if isinstance(image, bytes):
+            return image, int(label)
+        if not isinstance(image, torch.Tensor):
+            raise UserError(f"data.stages: image is {type(image).__name__}, neither bytes nor uint8 pixels [C, H, W]")
+        if image.dtype != torch.uint8 or image.dim() != 3 or len(image) != self._channels:
+            raise UserError(
+                f"data.stages: image is {str(image.dtype).removeprefix('torch.')} {list(image.shape)}; pixels must be "
+                f"uint8 [{self._channels}, H, W]"
+            )
+        return image, int(label)
 
     def _decode(self, data: Encoded, box: Box | None = None) -> torch.Tensor | Bad:
         """uint8 [C, H, W], or of the box alone."""
@@ -167,6 +195,8 @@ class _Augmented(_Samples):
         size = int(index.sizes.sum())
         super().__init__(index, config, "train", whole_blocks=in_blocks or size <= config.cache.size_bytes)
         self._augment = augment
+        if augment.size is not None:
+            self._shape = (config.channels, augment.size, augment.size)
 
     def _images(self, ids: np.ndarray, data: list[Encoded], keys: UInt64) -> list[torch.Tensor | Bad]:
         crop = self._augment.crop
@@ -249,6 +279,8 @@ class EvalSamples(_Samples):
     def __init__(self, index: ShardIndex, config: DataConfig, transform: CenterCrop) -> None:
         super().__init__(index, config, "val")
         self._center_crop = transform
+        if transform.crop is not None:
+            self._shape = (config.channels, transform.crop, transform.crop)
 
     def _place(self, address: EvalAddress) -> tuple[np.ndarray, np.ndarray, UInt64]:
         place = np.arange(address.number * address.size, (address.number + 1) * address.size)

@@ -48,17 +48,14 @@ class Stages:
 
         def source() -> Iterator[Sample]:
             for sample, seed in zip(samples, seeds, strict=True):
-                # A sample passes all stages before the next one is asked for.
-                random.seed(seed)
-                np.random.seed(seed % 2**32)
-                torch.default_generator.manual_seed(seed)
+                seed_all(seed)  # a sample passes all stages before the next one is asked for
                 yield sample
 
         pipeline = webdataset.DataPipeline(
             source, *(webdataset.map(function, handler=webdataset.reraise_exception) for function in self._open())
         )
         try:
-            with _random_state_kept():
+            with random_state_kept():
                 done = list(pipeline)
         except Exception as error:  # a stage of the user's may raise anything
             raise UserError(f"data.stages: {type(error).__name__}: {error}") from None
@@ -72,8 +69,15 @@ class Stages:
         return done
 
 
+def seed_all(seed: int) -> None:
+    """Python's, NumPy's and torch's random numbers, for code of the user's that may draw any of them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
+def random_state_kept() -> Iterator[None]:
     python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield

@@ -127,7 +127,9 @@ class TrainStream:
         self._samples: TrainSamples | TarStream
         if config.source == "stream":
             self.spec = StreamSpec(seed)
-            self._samples = TarStream(config, Augment(augment, seed), plan.micro_batch, seed, world.rank, world.size)
+            self._samples = TarStream(
+                config, index.num_classes, Augment(augment, seed), plan.micro_batch, seed, world.rank, world.size
+            )
         else:
             self.spec = OrderSpec(seed=seed, lanes=plan.samples_per_step // plan.chunk, chunk=plan.chunk, kind=kind)
             self._samples = TrainSamples(index, plan, self.spec, Augment(augment, seed), config)
@@ -186,11 +188,8 @@ class _FixedBatches:
         self._loader = _loader(samples, _EvalAddresses(num_batches, size, world), num_workers(config, world), world)
 
     def __iter__(self) -> Iterator[Batch]:
-        """As many batches on every rank, the surplus ones ghosts. Raises LocalError for data that cannot be read."""
-        for batch in _on_device(self._loader, self._device):
-            if batch.outage:
-                raise LocalError(batch.outage)
-            yield batch
+        """As many batches on every rank, surplus ones as ghosts. Raises LocalError for one that could not be made."""
+        return _on_device(self._loader, self._device)
 
 
 class EvalStream(_FixedBatches):

@@ -1,6 +1,7 @@
 """Training tars without an index, read from end to end by webdataset: convenient, and nothing more is promised."""
 
 import random
+import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,9 +40,12 @@ class StreamSpec:
 class TarStream(IterableDataset[Batch]):
     """Batches for addresses, of whatever samples come next. Each reader has shards of its own where they suffice."""
 
-    def __init__(self, config: DataConfig, augment: Augment, plan_batch: int, seed: int, rank: int, world: int) -> None:
+    def __init__(
+        self, config: DataConfig, num_classes: int, augment: Augment, batch: int, seed: int, rank: int, world: int
+    ) -> None:
         """Raises UserError for a location that names nothing."""
-        self._config, self._augment, self._batch, self._seed = config, augment, plan_batch, seed
+        self._config, self._num_classes, self._augment = config, num_classes, augment
+        self._batch, self._seed = batch, seed
         self._rank, self._world = rank, world
         self._urls = expand_urls(config.train)
         self._addresses: Iterable[SlotAddress] = ()
@@ -70,6 +74,7 @@ class TarStream(IterableDataset[Batch]):
             _SHUFFLE, initial=_SHUFFLE // 4, rng=random.Random(key(STREAM, self._seed, start, reader))
         )
         tars = tar_file_expander(self._shards(reader, readers, start), webdataset.reraise_exception)
+        failed = 0
         for sample in shuffled(group_by_keys(tars)):
             data = next((sample[suffix] for suffix in _IMAGES if suffix in sample), None)
             if data is None or "cls" not in sample:
@@ -78,9 +83,26 @@ class TarStream(IterableDataset[Batch]):
                     f"({', '.join(_IMAGES)}) or no .cls"
                 )
             try:
-                yield decode(data, self._config.channels), int(sample["cls"])
+                label = int(sample["cls"])
             except ValueError:
+                label = -1
+            if not 0 <= label < self._num_classes:
+                raise UserError(
+                    f"data.train: sample {sample['__key__']!r} of {sample['__url__']}: cls is {sample['cls'][:40]!r}; "
+                    f"it must be a class number below {self._num_classes}"
+                )
+            try:
+                image = decode(data, self._config.channels)
+            except ValueError:
+                failed += 1
+                if failed == _SHUFFLE:
+                    raise UserError(
+                        f"data.train: {failed:,} images in a row cannot be decoded, the last is {sample['__key__']!r} "
+                        f"of {sample['__url__']}"
+                    ) from None
                 continue
+            failed = 0
+            yield image, label
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -92,9 +114,10 @@ class TarStream(IterableDataset[Batch]):
         for address in addresses[me::workers]:
             try:
                 yield self._next(samples, address)
-            except UserError as error:
+            except (UserError, OSError, tarfile.TarError) as error:
+                line = str(error) if isinstance(error, UserError) else f"data.train: {self._config.train}: {error}"
                 empty = torch.zeros(0)
-                yield Batch(empty, empty, empty, empty, address, problem=str(error))
+                yield Batch(empty, empty, empty, empty, address, problem=line)
 
     def _next(self, samples: Iterator[tuple[torch.Tensor, int]], address: SlotAddress) -> Batch:
         images, labels = zip(*(next(samples) for _ in range(self._batch)), strict=True)

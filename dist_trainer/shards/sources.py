@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.data.cache import local_copy
-from dist_trainer.data.config import DataConfig
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.storage import Storage, is_remote
 from dist_trainer.errors import LocalError, UserError
@@ -24,7 +22,6 @@ __all__ = [
     "find_index",
     "index_shards",
     "is_class_sorted",
-    "local_index",
     "match_classes",
     "open_index",
     "prepare_index",
@@ -62,14 +59,6 @@ def open_index(path: str) -> ShardIndex:
     if not Path(path).is_file():
         raise LocalError(f"{path}: not on this host; the index must lie where every host sees it, or be copied to each")
     return ShardIndex.load(Path(path), verify=False)
-
-
-def local_index(path: str, config: DataConfig) -> str:
-    """An index file on this node: copied here once where it is at a URL."""
-    if not is_remote(path):
-        return path
-    storage = Storage(config.storage_options, config.retry)
-    return str(local_copy(path, config.cache, storage))
 
 
 def find_index(location: str, *, options: Mapping[str, Any] | None = None, fallback: Path | None = None) -> ShardIndex:
@@ -180,6 +169,9 @@ def _copy(url: str, storage: Storage, spare: Path) -> Path | None:
     download = spare.with_name(f".{spare.name}.{os.getpid()}.download")
     try:
         data = storage.read(url)
+    except (FileNotFoundError, PermissionError):  # S3 refuses what is not there to those who may not list
+        return None
+    try:
         spare.parent.mkdir(parents=True, exist_ok=True)
         download.write_bytes(data)
         try:
@@ -190,8 +182,6 @@ def _copy(url: str, storage: Storage, spare: Path) -> Path | None:
             index = replace(index, root=url.rpartition("/")[0])
         if not spare.is_file() or _identity(ShardIndex.load(spare)) != _identity(index):
             index.save(spare)  # otherwise what is there may know newer stamps
-    except (FileNotFoundError, PermissionError):  # S3 refuses what is not there to those who may not list
-        return None
     finally:
         download.unlink(missing_ok=True)
     return spare

@@ -2,21 +2,26 @@
 
 A job is {"name", "argv"} and may have: "stop_at" and "stop_rank" (that rank asks to stop when this step begins),
 "kill_at" (the last rank is killed when this step begins), "record" (write what stands in every slot that this rank
-runs), "eval" (score these weights instead of training).
+runs), "eval" (score these weights instead of training), "fails" (it ends by a UserError on every rank, which is kept),
+"late" (instead of training, rank 0 works longer than collectives wait).
 """
 
 import json
 import os
 import signal
 import sys
+import time
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from dist_trainer import arguments, comm
+from dist_trainer.errors import UserError
 from dist_trainer.evaluation_run import evaluate_weights
 from dist_trainer.log.console import Terminal
 from dist_trainer.run import Run, finish_run, start_run
@@ -58,6 +63,12 @@ def main() -> None:
         parser = arguments.new_parser("train", "")
         config, _ = arguments.parse_config(parser, [*job["argv"], f"--run.dir={folder}", f"--run.name={job['name']}"])
         stop = comm.StopRequest()
+        if "late" in job:
+            comm._BEAT_S = 0.5
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=2))
+            said = comm.on_main(replace(world, host_group=group), lambda: time.sleep(5) or "done")  # type: ignore[func-returns-value]
+            (folder / f"{job['name']}-rank{world.rank}.txt").write_text(said)
+            continue
         if "eval" in job:
             result = evaluate_weights(config, Path(job["eval"]), world, Terminal(active=False))
             (folder / f"{job['name']}.json").write_text(json.dumps(asdict(result)))
@@ -65,7 +76,12 @@ def main() -> None:
         run = start_run(config, "job", world, Terminal(active=world.is_main), stop)
         assert isinstance(run, Run), f"{job['name']} is complete already"
         observe(run, stop, job, folder)
-        finish_run(run, train(run))
+        try:
+            finish_run(run, train(run))
+        except UserError as error:
+            if not job.get("fails"):
+                raise
+            (folder / f"{job['name']}-rank{world.rank}.txt").write_text(str(error))
     comm.shutdown()
 
 
