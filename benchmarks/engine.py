@@ -30,7 +30,8 @@ from dist_trainer.comm import StopRequest
 from dist_trainer.data.batch import Batch, SlotAddress
 from dist_trainer.data.health import Health
 from dist_trainer.data.index import SAMPLE, ShardIndex
-from dist_trainer.engine import EngineConfig, build_engine
+from dist_trainer.engine import EngineConfig
+from dist_trainer.engines import build_engine
 from dist_trainer.inference import Preprocess
 from dist_trainer.log.meter import Meter
 from dist_trainer.models import ModelConfig, build_model

@@ -161,6 +161,18 @@ def replace_best(root: Path, weights: State, metrics: dict[str, Any]) -> None:
     save(root, int(metrics["step"]), {"model": weights}, metrics, keep=1)
 
 
+def write_weights(path: Path, weights: State) -> None:
+    """One safetensors file, whole or not at all. Raises UserError when the storage refuses."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        save_file(on_host(weights), temporary)
+        sync(temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}") from None
+
+
 def load_into(model: nn.Module, weights: State, where: str) -> None:
     """Load weights and buffers. Raises UserError, naming them, for keys or shapes that do not fit."""
     own = model.state_dict()
@@ -180,13 +192,21 @@ def load_into(model: nn.Module, weights: State, where: str) -> None:
     model.load_state_dict(weights)
 
 
-def load_weights(path: Path) -> State:
-    """Weights of a checkpoint folder or of one safetensors file. Raises UserError when there are none."""
+def load_weights(path: Path, name: str = "model") -> State:
+    """Weights of one safetensors file, or of a checkpoint folder: model, ema, or those with `_bn` re-estimated.
+
+    Raises UserError when there are none.
+    """
     if path.is_dir():
         reason = fault(path)
         if reason:
             raise UserError(f"{path}: not a complete checkpoint ({reason})")
-        return load_tensors(path, "model")
+        weights = name.removesuffix("_bn")
+        for each in (weights, *([f"bn_{weights}"] if name != weights else [])):
+            if not (path / f"{each}.safetensors").is_file():
+                raise UserError(f"{path}: has no {each}.safetensors, which --of {name} needs")
+        state = load_tensors(path, weights)
+        return state if name == weights else state | load_tensors(path, f"bn_{weights}")
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint folder or safetensors file")
     return _load_file(path)

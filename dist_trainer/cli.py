@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from dist_trainer.arguments import new_parser, parse_config
 from dist_trainer.errors import LocalError, UserError, nearest
@@ -17,6 +17,7 @@ USAGE = """usage: dist-trainer COMMAND ...
 
   train CONFIG.yaml [--key.sub value ...]   train, or go on; evaluates and saves (under torchrun: on all ranks)
   eval CONFIG.yaml|RUN [--weights PATH]     exact accuracy of a checkpoint folder or a safetensors file
+  average RUN [--top_k K|--last K|--files ...]  one model from several of a run, batch-norm re-estimated
   plan CONFIG.yaml [--gpus N] [--json]      everything derived, before a node is paid for
   shards pack SOURCE OUT                    images -> tars and index; --help lists the kinds of SOURCE
   shards index URL... [--out NAME.dtx]      the index of tars that are there (a folder, a brace pattern; local or URLs)
@@ -64,6 +65,7 @@ def dispatch(argv: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "eval": _eval,
+        "average": _average,
         "plan": _plan,
         "shards": _shards,
         "ls": _ls,
@@ -116,11 +118,13 @@ def _eval(argv: list[str]) -> int:
         default=None,
         help="a checkpoint folder or safetensors file; default: the run's best",
     )
-    folder = Path(argv[0]) if argv and Path(argv[0]).is_dir() else None
-    if folder is not None:
-        if not (folder / "config.yaml").is_file():
-            raise UserError(f"{folder}: not a run folder: it has no config.yaml")
-        argv = [str(folder / "config.yaml"), *argv[1:]]
+    parser.add_argument(
+        "--of",
+        type=Literal["model", "model_bn", "ema", "ema_bn"],
+        default="model",
+        help="which weights of a checkpoint folder; _bn: with re-estimated batch-norm",
+    )
+    folder, argv = _run_folder(argv)
     config, values = parse_config(parser, argv)
     from dist_trainer import comm
     from dist_trainer.checkpoint import newest
@@ -137,11 +141,55 @@ def _eval(argv: list[str]) -> int:
         raise UserError(f"{folder}: no best weights yet; give --weights {folder}/checkpoints/step_...")
     world = comm.init()
     terminal = Terminal(active=world.is_main)
-    result = evaluate_weights(config, weights, world, terminal)
+    result = evaluate_weights(config, weights, world, terminal, values.of)
     m = result.metrics
     terminal.say(
         f"{weights}: top-1 {m['top1']:.2%} ({result.correct1}/{result.num_samples})  "
         f"top-5 {m['top5']:.2%} ({result.correct5}/{result.num_samples})  loss {m['loss']:.4f}"
+    )
+    comm.shutdown()
+    return 0
+
+
+def _run_folder(argv: list[str]) -> tuple[Path | None, list[str]]:
+    """The run folder that stands in the place of a config, if one does, and the arguments with its config.yaml."""
+    folder = Path(argv[0]) if argv and Path(argv[0]).is_dir() else None
+    if folder is None:
+        return None, argv
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: not a run folder: it has no config.yaml")
+    return folder, [str(folder / "config.yaml"), *argv[1:]]
+
+
+def _average(argv: list[str]) -> int:
+    parser = new_parser("average", "Average weights of a run, re-estimate batch-norm, score the result; one file.")
+    parser.add_argument("--top_k", type=int | None, default=None, help="of the best snapshots; default: all")
+    parser.add_argument("--last", type=int | None, default=None, help="so many of the last checkpoints instead")
+    parser.add_argument("--files", type=list[str], default=[], help="these safetensors files instead")
+    parser.add_argument("--greedy", action="store_true", help="keep a member only if validation does not drop")
+    parser.add_argument("--out", type=str | None, default=None, help="default: average.safetensors in the run folder")
+    run, argv = _run_folder(argv)
+    if run is None:
+        raise UserError("average: give a run folder, such as runs/my-1a2b3c4d")
+    config, values = parse_config(parser, argv)
+    from dist_trainer import comm
+    from dist_trainer.average_run import average_files, choose
+    from dist_trainer.log.console import Terminal
+
+    for name in ("top_k", "last"):
+        if values[name] is not None and values[name] < 1:
+            raise UserError(f"--{name}: {values[name]} is not positive")
+    files = choose(run, top_k=values.top_k, last=values.last, files=[Path(file) for file in values.files])
+    world = comm.init()
+    terminal = Terminal(active=world.is_main)
+    out = Path(values.out) if values.out is not None else run / "average.safetensors"
+    done = average_files(config, files, out, greedy=values.greedy, world=world, terminal=terminal)
+    final = done.scores.get("average_bn", done.scores["average"])
+    gain = final.correct1 - done.scores[done.best_member].correct1
+    terminal.say(
+        f"{out}: {len(done.kept)} of {len(files)} averaged: top-1 {final.metrics['top1']:.2%} "
+        f"({final.correct1}/{final.num_samples}), "
+        + (f"{gain} more than the best of them" if gain > 0 else f"does not help: {done.best_member} has {-gain} more")
     )
     comm.shutdown()
     return 0

@@ -8,7 +8,8 @@ from dist_trainer.config import TrainConfig
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.models import build_model
 from dist_trainer.plan import largest_world, num_slots
-from dist_trainer.run import Every, open_data, plan_of, prepare_data
+from dist_trainer.run import Every
+from dist_trainer.run_data import open_data, plan_of, prepare_data
 from dist_trainer.tricks.learning_rate import LearningRate
 from dist_trainer.tricks.losses import build_loss
 from dist_trainer.tricks.optimizers import build_optimizer

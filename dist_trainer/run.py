@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from dist_trainer import checkpoint
@@ -13,15 +12,11 @@ from dist_trainer.average import Averaging
 from dist_trainer.comm import StopRequest, World, on_main
 from dist_trainer.config import TrainConfig
 from dist_trainer.data.augment import Augment
-from dist_trainer.data.config import DataConfig
-from dist_trainer.data.decode import decoder_line
 from dist_trainer.data.health import Health
 from dist_trainer.data.index import ShardIndex
-from dist_trainer.data.order import Kind
-from dist_trainer.data.read import Bad, Reader
-from dist_trainer.data.stream import DrawnStream, EvalStream, TrainStream, order_samples
-from dist_trainer.data.unindexed import SAID
-from dist_trainer.engine import Engine, build_engine
+from dist_trainer.data.stream import DrawnStream, EvalStream, TrainStream
+from dist_trainer.engine import Engine
+from dist_trainer.engines import build_engine
 from dist_trainer.errors import UserError
 from dist_trainer.evaluate import center_crop
 from dist_trainer.inference import Preprocess
@@ -29,9 +24,9 @@ from dist_trainer.log.console import Terminal
 from dist_trainer.log.meter import Meter
 from dist_trainer.log.tracker import SCORES, Tracker
 from dist_trainer.models import build_model
-from dist_trainer.plan import Duration, Plan, make_plan
+from dist_trainer.plan import Duration, Plan
+from dist_trainer.run_data import mended_samples, open_data, order_of, plan_of, prepare_data
 from dist_trainer.run_folder import RunFolder, auto_name, git_revision, identity
-from dist_trainer.shards.sources import is_class_sorted, match_classes, open_index, prepare_index
 from dist_trainer.step_sums import StepSums
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema, EmaConfig
@@ -118,70 +113,6 @@ class Run:
     progress: Progress
     started: float = field(default_factory=time.perf_counter)
     seconds: dict[str, float] = field(default_factory=lambda: {"eval": 0.0, "save": 0.0})
-
-
-@dataclass(frozen=True)
-class DataPlace:
-    """Where the indices of a run's data are, and what was said of them. Found on one rank, used on all."""
-
-    indices: dict[str, tuple[str, str]]
-    """train (not for a stream of tars) and val: path and fingerprint"""
-    notes: list[str]
-
-
-def prepare_data(config: TrainConfig) -> dict[str, Any]:
-    """Find the training and validation index, or make them; hold them against their shards. To be called on one rank.
-
-    Returns a DataPlace as a dict. Raises UserError for data that are not there, damaged or changed.
-    """
-    config.data.check()
-    fallback = Path(config.run.dir).expanduser() / ".index"
-    names = ("train", "val") if config.data.source == "index" else ("val",)
-    found = {
-        name: prepare_index(
-            f"data.{name}", getattr(config.data, name), options=config.data.storage_options, fallback=fallback
-        )
-        for name in names
-    }
-    notes = [note for _, note in found.values() if note]
-    indices = {name: (path, ShardIndex.load(Path(path), verify=False).fingerprint) for name, (path, _) in found.items()}
-    notes += [decoder_line()] if config.augment.crop is not None else []
-    notes += [SAID] if config.data.source == "stream" else []
-    return asdict(DataPlace(indices, notes))
-
-
-def open_data(config: TrainConfig, place: dict[str, Any]) -> tuple[ShardIndex, ShardIndex]:
-    """(training, validation) index. Raises UserError when they do not fit each other.
-
-    A stream of tars has no index; the one of validation then stands in its place, for its classes.
-    """
-    opened = {name: open_index(path).expect(fingerprint) for name, (path, fingerprint) in place["indices"].items()}
-    val = opened["val"]
-    train = opened.get("train", val)
-    return train, match_classes(train, val)
-
-
-def order_of(config: TrainConfig, train: ShardIndex) -> Kind:
-    """The order that data.order says, or that fits the data."""
-    if config.data.order != "auto":
-        return config.data.order
-    return "full" if is_class_sorted(train) else "window"
-
-
-def plan_of(config: TrainConfig, train: ShardIndex | int, world: int) -> Plan:
-    """The plan of a run on `world` ranks over an index, or so many samples. Raises UserError for what cannot be."""
-    is_stream = config.data.source == "stream"
-    if is_stream and config.augment.repeats > 1:
-        raise UserError(f"augment.repeats: {config.augment.repeats} has no effect with data.source: stream")
-    samples = train if isinstance(train, int) else order_samples(train, order_of(config, train), config.run.seed)
-    return make_plan(
-        config.batch,
-        Duration.parse(config.duration, "duration"),
-        world=world,
-        num_samples=(config.data.num_samples or samples) if is_stream else samples,
-        tail="carry" if is_stream else config.data.tail,  # a stream has no end to mask
-        repeats=config.augment.repeats,
-    )
 
 
 def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, stop: StopRequest) -> Run | RunFolder:
@@ -299,13 +230,6 @@ def build_draw(config: TrainConfig, train: ShardIndex, world: World) -> DrawnStr
         raise UserError("precise_bn.num_samples: needs an index to draw from; data.source: stream has none")
     transform = Augment(config.augment, config.run.seed) if precise.transform == "train" else center_crop(config.eval)
     return DrawnStream(train, config.data, transform, num_batches, size, config.run.seed, world)
-
-
-def mended_samples(index: ShardIndex, config: DataConfig, health: Health) -> list[int]:
-    """Known bad samples whose bytes are those of the index again."""
-    reader = Reader(index, options=config.storage_options, retry=config.retry, cache=config.cache)
-    ids = np.array([bad.sample for bad in health.known if bad.kind == "crc"], np.int64)
-    return [sample for sample, data in zip(ids.tolist(), reader.read(ids), strict=True) if not isinstance(data, Bad)]
 
 
 def _claim(folder: RunFolder, config: TrainConfig, what: dict[str, Any], world: World, terminal: Terminal) -> str:

@@ -1,6 +1,6 @@
 """Whole optimizer state in and out of a ZeRO engine, by parameter name: every private attribute of DeepSpeed we touch.
 
-Together with engine.py the only file that imports deepspeed; pinned to 0.19 in pyproject.toml and guarded by
+Together with deepspeed_engine.py the only file that imports deepspeed; pinned to 0.19 in pyproject.toml and guarded by
 tests/test_worlds.py, which fails loudly when one of these attributes changes its meaning.
 """
 

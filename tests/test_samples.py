@@ -29,7 +29,7 @@ from dist_trainer.data.unindexed import TarStream
 from dist_trainer.errors import LocalError, Outage, UserError
 from dist_trainer.named import Named
 from dist_trainer.plan import BatchConfig, Duration, make_plan
-from dist_trainer.run import mended_samples
+from dist_trainer.run_data import mended_samples
 from dist_trainer.shards.sources import prepare_index
 
 CONFIG = DataConfig(train="", val="", workers=0)

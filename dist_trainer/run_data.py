@@ -1,0 +1,91 @@
+"""The data of a run: found or prepared on one rank, opened on all, planned."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_trainer.config import TrainConfig
+from dist_trainer.data.config import DataConfig
+from dist_trainer.data.decode import decoder_line
+from dist_trainer.data.health import Health
+from dist_trainer.data.index import ShardIndex
+from dist_trainer.data.order import Kind
+from dist_trainer.data.read import Bad, Reader
+from dist_trainer.data.stream import order_samples
+from dist_trainer.data.unindexed import SAID
+from dist_trainer.errors import UserError
+from dist_trainer.plan import Duration, Plan, make_plan
+from dist_trainer.shards.sources import is_class_sorted, match_classes, open_index, prepare_index
+
+
+@dataclass(frozen=True)
+class DataPlace:
+    """Where the indices of a run's data are, and what was said of them. Found on one rank, used on all."""
+
+    indices: dict[str, tuple[str, str]]
+    """train (not for a stream of tars) and val: path and fingerprint"""
+    notes: list[str]
+
+
+def prepare_data(config: TrainConfig) -> dict[str, Any]:
+    """Find the training and validation index, or make them; hold them against their shards. To be called on one rank.
+
+    Returns a DataPlace as a dict. Raises UserError for data that are not there, damaged or changed.
+    """
+    config.data.check()
+    fallback = Path(config.run.dir).expanduser() / ".index"
+    names = ("train", "val") if config.data.source == "index" else ("val",)
+    found = {
+        name: prepare_index(
+            f"data.{name}", getattr(config.data, name), options=config.data.storage_options, fallback=fallback
+        )
+        for name in names
+    }
+    notes = [note for _, note in found.values() if note]
+    indices = {name: (path, ShardIndex.load(Path(path), verify=False).fingerprint) for name, (path, _) in found.items()}
+    notes += [decoder_line()] if config.augment.crop is not None else []
+    notes += [SAID] if config.data.source == "stream" else []
+    return asdict(DataPlace(indices, notes))
+
+
+def open_data(config: TrainConfig, place: dict[str, Any]) -> tuple[ShardIndex, ShardIndex]:
+    """(training, validation) index. Raises UserError when they do not fit each other.
+
+    A stream of tars has no index; the one of validation then stands in its place, for its classes.
+    """
+    opened = {name: open_index(path).expect(fingerprint) for name, (path, fingerprint) in place["indices"].items()}
+    val = opened["val"]
+    train = opened.get("train", val)
+    return train, match_classes(train, val)
+
+
+def order_of(config: TrainConfig, train: ShardIndex) -> Kind:
+    """The order that data.order says, or that fits the data."""
+    if config.data.order != "auto":
+        return config.data.order
+    return "full" if is_class_sorted(train) else "window"
+
+
+def plan_of(config: TrainConfig, train: ShardIndex | int, world: int) -> Plan:
+    """The plan of a run on `world` ranks over an index, or so many samples. Raises UserError for what cannot be."""
+    is_stream = config.data.source == "stream"
+    if is_stream and config.augment.repeats > 1:
+        raise UserError(f"augment.repeats: {config.augment.repeats} has no effect with data.source: stream")
+    samples = train if isinstance(train, int) else order_samples(train, order_of(config, train), config.run.seed)
+    return make_plan(
+        config.batch,
+        Duration.parse(config.duration, "duration"),
+        world=world,
+        num_samples=(config.data.num_samples or samples) if is_stream else samples,
+        tail="carry" if is_stream else config.data.tail,  # a stream has no end to mask
+        repeats=config.augment.repeats,
+    )
+
+
+def mended_samples(index: ShardIndex, config: DataConfig, health: Health) -> list[int]:
+    """Known bad samples whose bytes are those of the index again."""
+    reader = Reader(index, options=config.storage_options, retry=config.retry, cache=config.cache)
+    ids = np.array([bad.sample for bad in health.known if bad.kind == "crc"], np.int64)
+    return [sample for sample, data in zip(ids.tolist(), reader.read(ids), strict=True) if not isinstance(data, Bad)]
