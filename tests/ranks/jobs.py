@@ -3,15 +3,18 @@
 A job is {"name", "argv"} and may have: "stop_at" and "stop_rank" (that rank asks to stop when this step begins),
 "kill_at" (the last rank is killed when this step begins), "record" (write what stands in every slot that this rank
 runs), "eval" (score these weights instead of training), "fails" (it ends by a UserError on every rank, which is kept),
-"late" (instead of training, rank 0 works longer than collectives wait).
+"weights" (write the weights after every step), "kill_in" ([name, n]: see there), "late" (instead of training, rank 0
+works longer than collectives wait).
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from dist_trainer import arguments, comm
 from dist_trainer.errors import UserError
@@ -54,6 +58,46 @@ def observe(run: Run, stop: comm.StopRequest, job: dict[str, Any], folder: Path)
         return forward_backward(batch)
 
     run.engine.forward_backward = watched  # type: ignore[method-assign]
+    if job.get("weights"):
+        log_weights(run, folder / f"{job['name']}-weights")
+    if "kill_in" in job:
+        kill_in(run, *job["kill_in"])
+
+
+def log_weights(run: Run, folder: Path) -> None:
+    """Write the whole weights after every step, and whether it was applied."""
+    folder.mkdir(exist_ok=True)
+    step = run.engine.step
+
+    def logged() -> bool:
+        applied = step()
+        state = run.engine.model_state()
+        if run.world.is_main:
+            weights = {name: state[name].clone().contiguous() for name, _ in run.engine.module.named_parameters()}
+            save_file(weights, folder / f"{run.progress.step:04d}-{int(applied)}.safetensors")
+        return applied
+
+    run.engine.step = logged  # type: ignore[method-assign]
+
+
+def kill_in(run: Run, what: str, nth: int) -> None:
+    """End the last rank by SIGKILL when weights of this name (or `re_estimate`) are scored for the n-th time."""
+    held, re_estimate, count = run.weights.held, run.weights.re_estimate, 0
+
+    def counted(name: str) -> None:
+        nonlocal count
+        count += name == what
+        if count == nth and name == what and run.world.rank == run.world.size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def watched(name: str, state: Any = None) -> Iterator[None]:
+        with held(name, state):
+            counted(name)
+            yield
+
+    run.weights.held = watched  # type: ignore[method-assign]
+    run.weights.re_estimate = lambda name: (counted("re_estimate"), re_estimate(name))[1]  # type: ignore
 
 
 def main() -> None:
@@ -70,7 +114,7 @@ def main() -> None:
             (folder / f"{job['name']}-rank{world.rank}.txt").write_text(said)
             continue
         if "eval" in job:
-            result = evaluate_weights(config, Path(job["eval"]), world, Terminal(active=False))
+            result = evaluate_weights(config, Path(job["eval"]), world, Terminal(active=False), job.get("of", "model"))
             (folder / f"{job['name']}.json").write_text(json.dumps(asdict(result)))
             continue
         run = start_run(config, "job", world, Terminal(active=world.is_main), stop)
