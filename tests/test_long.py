@@ -27,7 +27,7 @@ def test_the_demo_reaches_its_accuracy_and_knows_when_it_is_complete(tmp_path: P
         assert session.wait(400) == 0, session.log.read_text()[-5000:]
     (run,) = tmp_path.glob("fashion_mnist-*")
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["final"]["top1"] >= 0.925
+    assert summary["final"]["model"]["top1"] >= 0.925
     assert summary["world"] == 2
     assert "complete" in (tmp_path / "log1").read_text()
 

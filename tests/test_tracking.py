@@ -86,7 +86,7 @@ def test_metrics_are_documented_finite_and_complete(run: Path) -> None:
 def test_the_summary_says_how_the_run_ended(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["state"], summary["steps"], summary["world"]) == ("done", 20, 2)
-    assert summary["final"]["top1"] == metrics(run, "val/top1")[-1]
+    assert summary["final"]["model"]["top1"] == metrics(run, "val/top1")[-1]
     assert summary["best"]["top1"] == max(metrics(run, "val/top1"))
     assert (run / "STATE").read_text() == "done\n"
     assert not (run / "owner.json").exists()

@@ -65,7 +65,7 @@ def observe(run: Run, stop: comm.StopRequest, job: dict[str, Any], folder: Path)
 
 
 def log_weights(run: Run, folder: Path) -> None:
-    """Write the whole weights after every step, and whether it was applied."""
+    """Write the whole weights after every step, and whether it was applied; and all running statistics."""
     folder.mkdir(exist_ok=True)
     step = run.engine.step
 
@@ -78,6 +78,15 @@ def log_weights(run: Run, folder: Path) -> None:
         return applied
 
     run.engine.step = logged  # type: ignore[method-assign]
+    update, rows = run.batch_norm.update, [run.batch_norm.running.clone()]
+
+    def updated(sums: torch.Tensor, num_slots: int) -> None:
+        update(sums, num_slots)
+        rows.append(run.batch_norm.running.clone())
+        if run.world.is_main:
+            save_file({"running": torch.stack(rows)}, f"{folder}-statistics.safetensors")
+
+    run.batch_norm.update = updated  # type: ignore[method-assign]
 
 
 def kill_in(run: Run, what: str, nth: int) -> None:
