@@ -29,9 +29,9 @@ def train(seed: int, epochs: int) -> Path:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
         "-m", "dist_trainer", "train", "configs/fashion_mnist.yaml", f"--run.dir={RUNS}", f"--run.name={name}",
-        f"--run.seed={seed}", "--batch.global_batch=64", "--batch.micro_batch=8", f"--duration={epochs}ep", "--eval.every=12.5%",
-        "--checkpoint.every=null", "--wandb.mode=disabled", "--ema.decay=0.998", "--ema.ramp=threshold",
-        "--precise_bn.num_samples=8192", "--averaging.top_k=3", "--log.every=200step",
+        f"--run.seed={seed}", "--batch.global_batch=64", "--batch.micro_batch=8", f"--duration={epochs}ep",
+        "--eval.every=12.5%", "--checkpoint.every=null", "--wandb.mode=disabled", "--ema.decay=0.998",
+        "--ema.ramp=threshold", "--precise_bn.num_samples=8192", "--averaging.top_k=3", "--log.every=200step",
     ]  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return RUNS / name

@@ -55,12 +55,20 @@ def on_host(state: State) -> State:
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
 
 
+def save_tensors(tensors: State, path: Path) -> None:
+    """A safetensors file with the rights that a new file has here; safetensors' own would be the owner's alone."""
+    path.touch()
+    rights = path.stat().st_mode
+    save_file(on_host(tensors), path)
+    path.chmod(rights)
+
+
 def write(folder: Path, tensors: dict[str, State], state: dict[str, Any]) -> None:
     """Write `folder` whole: `tensors[x]` as x.safetensors, `state` as state.json, then the manifest."""
     shutil.rmtree(folder, ignore_errors=True)  # an earlier try that never got its manifest
     folder.mkdir(parents=True)
     for name, values in tensors.items():
-        save_file(on_host(values), folder / f"{name}.safetensors")
+        save_tensors(values, folder / f"{name}.safetensors")
     (folder / "state.json").write_text(json.dumps({"version": VERSION, **state}, indent=1))
     files = {}
     for path in sorted(folder.iterdir()):
@@ -165,7 +173,7 @@ def write_weights(path: Path, weights: State) -> None:
     """One safetensors file, whole or not at all. Raises UserError when the storage refuses."""
     temporary = path.with_name(f".{path.name}")
     try:
-        save_file(on_host(weights), temporary)
+        save_tensors(weights, temporary)
         sync(temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:

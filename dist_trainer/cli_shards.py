@@ -1,6 +1,7 @@
 """`shards`: images to tars and their index, an index of tars that are there, and their verification."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 
 from dist_trainer.arguments import new_parser, parse
+from dist_trainer.data.storage import refuse_secrets
 from dist_trainer.errors import UserError
 from dist_trainer.processes import cores
 
@@ -40,8 +42,8 @@ def _pack(argv: list[str]) -> int:
     if values.quality is not None and values.max_side is None:
         raise UserError("--quality: is that of images that --max_side makes smaller; others are taken as they are")
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from dist_trainer.data.parallel import progress
     from dist_trainer.shards.pack import Recipe, pack, unfinished
     from dist_trainer.shards.pack_splits import find_splits
 
@@ -55,19 +57,21 @@ def _pack(argv: list[str]) -> int:
             val_fraction=values.val_fraction,
             seed=values.seed,
         )
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     for split, source in unfinished(splits, Path(values.out), recipe).items():
         out = Path(values.out) / split
-        with Progress(*columns, TimeRemainingColumn()) as bar:
-            task = bar.add_task(f"packing {split}", total=len(source), rate="")
-            for samples in pack(source, out, recipe, num_processes=cores(), say=print):
-                bar.advance(task, samples)
-                shown = bar.tasks[task]
-                speed = shown.speed or shown.completed / (shown.elapsed or 1)
-                bar.update(task, rate=f"{speed:,.0f} images/s")
+        began, done = time.monotonic(), 0
+        with progress(f"packing {split}", len(source), in_bytes=False, say=_say) as advance:
+            for samples in pack(source, out, recipe, num_processes=cores(), say=_say):
+                advance(samples)
+                done += samples
         ignored = f", {source.num_ignored:,} other files ignored" if source.num_ignored else ""
-        print(f"{out}: {len(source):,} samples, {len(source.class_names)} classes{ignored}")
+        rate = f"{done / max(time.monotonic() - began, 1e-3):,.0f} images/s"
+        print(f"{out}: {len(source):,} samples, {len(source.class_names)} classes{ignored}, {rate}")
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # into a log at once, not when it is over
 
 
 def _index(argv: list[str]) -> int:
@@ -85,6 +89,7 @@ def _index(argv: list[str]) -> int:
     _add_processes(parser)
     values = parse(parser, argv)
     _check_processes(values.processes)
+    refuse_secrets("--storage_options", values.storage_options or {})
     if values.allow_bad < 0:
         raise UserError(f"--allow_bad: {values.allow_bad} is negative")
     from dist_trainer.shards.sources import index_shards
@@ -98,7 +103,7 @@ def _index(argv: list[str]) -> int:
             allow_bad=values.allow_bad,
             options=values.storage_options,
             num_processes=values.processes,
-            say=print,
+            say=_say,
         )
     )
     return 0
@@ -118,11 +123,12 @@ def _check(argv: list[str]) -> int:
     _add_processes(parser)
     values = parse(parser, argv)
     _check_processes(values.processes)
+    refuse_secrets("--storage_options", values.storage_options or {})
     from dist_trainer.shards.check import check_index
     from dist_trainer.shards.sources import find_index
 
     index = find_index(values.location, options=values.storage_options)
-    found = check_index(index, values.level, options=values.storage_options, num_processes=values.processes, say=print)
+    found = check_index(index, values.level, options=values.storage_options, num_processes=values.processes, say=_say)
     for bad in found:
         print(bad)
     if values.json is not None:

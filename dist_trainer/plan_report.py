@@ -8,7 +8,7 @@ from dist_trainer.config import TrainConfig
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.models import build_model
 from dist_trainer.plan import largest_world, num_slots
-from dist_trainer.run import Every
+from dist_trainer.run import Every, check_weights
 from dist_trainer.run_data import open_data, plan_of, prepare_data
 from dist_trainer.tricks.learning_rate import LearningRate
 from dist_trainer.tricks.losses import build_loss
@@ -28,6 +28,7 @@ def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: i
     plan = plan_of(config, train, world)
     rate = LearningRate(config.lr, plan)
     Every.of(config)
+    check_weights(config, plan)
     model = build_model(config.model, num_classes, config.run.seed)
     build_optimizer(config.optimizer, model)
     build_loss(config.loss)

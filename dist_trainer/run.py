@@ -28,6 +28,7 @@ from dist_trainer.plan import Duration, Plan
 from dist_trainer.run_data import mended_samples, open_data, order_of, plan_of, prepare_data
 from dist_trainer.run_folder import RunFolder, auto_name, git_revision, identity
 from dist_trainer.step_sums import StepSums
+from dist_trainer.tricks.averaging import chosen_metric
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema, EmaConfig
 from dist_trainer.tricks.learning_rate import LearningRate
@@ -139,6 +140,7 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
     if note := stream.warning(config.data):
         terminal.say(note)
     val = EvalStream(val_index, config.data, center_crop(config.eval), config.eval.batch, world)
+    ema_start = check_weights(config, plan)
     draw = build_draw(config, train_index, world)
     resumed_from = _claim(folder, config, what, world, terminal)
     if resumed_from == "complete":
@@ -161,7 +163,7 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
         "torch": torch.__version__,
     }
     batch_norm, meter, progress = RunningStatistics(engine.module), Meter(), Progress()
-    ema = build_ema(config.ema, engine, batch_norm, plan)
+    ema = build_ema(config.ema, engine, batch_norm, ema_start, plan.total_steps)
     weights = Weights(engine, batch_norm, ema, draw)
     health = Health(train_index, config.data.max_bad, "train")
     if state:
@@ -178,9 +180,7 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
         progress = Progress(**{key: state[key] for key in Progress.__dataclass_fields__})
         if ema is not None:
             weights.load_ema(checkpoint.load_tensors(Path(resumed_from), "ema"), progress.step - progress.skipped)
-    averaging = Averaging(config.averaging, weights, folder.snapshots, world) if config.averaging.top_k else None
-    for note in averaging.resume(progress.evaluated_step) if averaging is not None else []:
-        terminal.say(note)
+    averaging = open_averaging(config, weights, folder, progress.evaluated_step, world, terminal)
     tracker = Tracker(world, plan.total_steps, terminal)
     tracker.open(
         folder.path, progress.step, config.wandb, {**config.as_dict(), "world": world.size, "git": git_revision()}
@@ -208,16 +208,38 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
     )
 
 
-def build_ema(config: EmaConfig, engine: Engine, batch_norm: RunningStatistics, plan: Plan) -> Ema | None:
-    """The average, where one is configured: of all weights on rank 0, or of each rank's piece. Raises UserError."""
-    config.check()
+def check_weights(config: TrainConfig, plan: Plan) -> int:
+    """The step at which the moving average begins. Raises UserError for what cannot be averaged or re-estimated."""
+    config.ema.check()
+    start = round(plan.steps(Duration.parse(config.ema.start, "ema.start")))
+    if start >= plan.total_steps:
+        raise UserError(f"ema.start: {config.ema.start} is step {start}, and the run has {plan.total_steps}")
+    if config.precise_bn.num_slots(plan.micro_batch, plan.num_samples) and config.data.source == "stream":
+        raise UserError("precise_bn.num_samples: needs an index to draw from; data.source: stream has none")
+    ema = ["val_ema/top1"] if config.ema.decay is not None else []
+    if config.averaging.metric == "auto" or config.averaging.top_k < 0:
+        chosen_metric(config.averaging, ["val/top1", *ema])
+    return start
+
+
+def build_ema(config: EmaConfig, engine: Engine, batch_norm: RunningStatistics, start: int, total: int) -> Ema | None:
+    """The average, where one is configured: of all weights on rank 0, or of each rank's piece."""
     if config.decay is None:
         return None
-    start = round(plan.steps(Duration.parse(config.start, "ema.start")))
-    if start >= plan.total_steps:
-        raise UserError(f"ema.start: {config.start} is step {start}, and the run has {plan.total_steps}")
     live = engine.own_weights if engine.is_sharded or engine.world.is_main else dict
-    return Ema(config, live, batch_norm.running, start, plan.total_steps)
+    return Ema(config, live, batch_norm.running, start, total)
+
+
+def open_averaging(
+    config: TrainConfig, weights: Weights, folder: RunFolder, evaluated: int, world: World, terminal: Terminal
+) -> Averaging | None:
+    """The k best as of the validation at step `evaluated`, where they are to be averaged (collective)."""
+    if not config.averaging.top_k:
+        return None
+    averaging = Averaging(config.averaging, weights, folder.snapshots, world)
+    for note in averaging.resume(evaluated):
+        terminal.say(note)
+    return averaging
 
 
 def build_draw(config: TrainConfig, train: ShardIndex, world: World) -> DrawnStream | None:
@@ -226,8 +248,6 @@ def build_draw(config: TrainConfig, train: ShardIndex, world: World) -> DrawnStr
     num_batches = precise.num_slots(size, len(train))
     if not num_batches:
         return None
-    if config.data.source == "stream":
-        raise UserError("precise_bn.num_samples: needs an index to draw from; data.source: stream has none")
     transform = Augment(config.augment, config.run.seed) if precise.transform == "train" else center_crop(config.eval)
     return DrawnStream(train, config.data, transform, num_batches, size, config.run.seed, world)
 

@@ -39,7 +39,11 @@ def prepare_data(config: TrainConfig) -> dict[str, Any]:
     names = ("train", "val") if config.data.source == "index" else ("val",)
     found = {
         name: prepare_index(
-            f"data.{name}", getattr(config.data, name), options=config.data.storage_options, fallback=fallback
+            f"data.{name}",
+            getattr(config.data, name),
+            options=config.data.storage_options,
+            retry=config.data.retry,
+            fallback=fallback,
         )
         for name in names
     }

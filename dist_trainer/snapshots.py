@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from dist_trainer.checkpoint import State, digest, load_weights, on_host, sync
+from dist_trainer.checkpoint import State, digest, load_weights, save_tensors, sync
 from dist_trainer.errors import UserError
 from dist_trainer.tricks.averaging import Member, not_finite
 
@@ -160,7 +159,7 @@ class Snapshots:
         temporary = path.with_name(f".{path.name}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(on_host(weights), temporary)
+            save_tensors(weights, temporary)
             written = Snapshot(step, value, temporary.stat().st_size, digest(temporary))
             _rename(temporary, path)
         except (OSError, SafetensorError) as error:

@@ -49,6 +49,7 @@ def assert_same_end(run: Path, undisturbed: Path) -> None:
         assert metrics(run, name) == metrics(undisturbed, name)
 
 
+@pytest.mark.slow  # the start that it shares is cheap, three more are not; test_data_ranks.py kills a rank each time
 def test_killed_at_random_and_resumed_is_the_run_that_was_not(
     argv: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:

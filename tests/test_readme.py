@@ -12,9 +12,9 @@ from dist_trainer.cli import dispatch
 def test_the_readmes_imagenet_config_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """1,281,167 images, 256 a step, 90 epochs. Mutation: misspell a key in the README."""
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (config,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    config, averages = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
     file = tmp_path / "my.yaml"
-    file.write_text(config)
+    file.write_text(config + averages)
     assert dispatch(["plan", str(file), "--samples", "1281167", "--gpus", "8", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["parameters"] == 25_557_032

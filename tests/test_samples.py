@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import flip_byte, message, sample_members, write_tar
+from safetensors import SafetensorError
 
+from dist_trainer.cli import dispatch
 from dist_trainer.comm import World
 from dist_trainer.data.augment import Augment, AugmentConfig, CenterCrop, CropConfig
 from dist_trainer.data.batch import Batch, EvalAddress, SlotAddress
@@ -168,9 +170,16 @@ def test_an_index_that_cannot_be_written_is_an_os_error_and_leaves_nothing(
     index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """safetensors raises an exception of its own. Fails when that gets through (a traceback), or half a file stays."""
-    path = tmp_path / "gone" / FILE_NAME
-    with pytest.raises(OSError, match=str(path)):
-        index.save(path)
+    with pytest.raises(OSError, match="gone"):
+        index.save(tmp_path / "gone" / FILE_NAME)
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr("dist_trainer.data.index.save_file", full)
+        index.save(tmp_path / "other.dtx")
+    assert [file.name for file in tmp_path.iterdir() if "other" in file.name] == []
     folder = tmp_path / "folder"
     folder.mkdir()
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
@@ -254,3 +263,30 @@ def test_validation_batches_of_an_outage_reach_the_evaluation(index: ShardIndex,
     reader = stream._loader.dataset._reader  # type: ignore[attr-defined]
     monkeypatch.setattr(reader, "read", lambda ids: (_ for _ in ()).throw(Outage("away")))
     assert [batch.outage for batch in stream] == ["away"] * 3
+
+
+def test_a_stream_takes_a_folder_of_tars(tmp_path: Path) -> None:
+    write_tar(tmp_path / "s.tar", sample_members(8))
+    config = replace(CONFIG, train=str(tmp_path), source="stream", num_samples=8)
+    stream = TarStream(config, 3, Augment(AugmentConfig(), 0), 4, 0, 0, 1)
+    assert next(iter(stream.serve([SlotAddress(0, 0)]))).num_valid == 4
+
+
+def test_an_index_is_for_everyone_whom_the_umask_lets(index: ShardIndex, tmp_path: Path) -> None:
+    """And one that may not be read is not called damaged. Fails with the rights that safetensors gives its files."""
+    assert (tmp_path / FILE_NAME).stat().st_mode == (tmp_path / "0.tar").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["s3://bucket/t.tar", "--storage_options", "{secret: hunter2}"], "--storage_options.secret: a secret has no"),
+        (["http://127.0.0.1:9/t-{0..3}.tar?token=hunter2"], "http://127.0.0.1/t-{0..3}.tar: the URL holds a secret"),
+    ],
+)
+def test_secrets_on_the_command_line_of_shards_are_refused_unshown(argv: list[str], said: str, tmp_path: Path) -> None:
+    """Before anything is asked for. Fails when they are used, or appear in a message."""
+    with pytest.raises(UserError) as caught:
+        dispatch(["shards", "index", *argv, "--out", str(tmp_path / "i.dtx")])
+    assert message(caught).startswith(said)
+    assert "hunter2" not in message(caught)

@@ -140,7 +140,10 @@ class ShardIndex:
         }
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
+            temporary.touch()  # with the rights that a new file has here; safetensors' own has those of the owner alone
+            rights = temporary.stat().st_mode
             save_file(arrays, temporary, metadata=metadata)
+            temporary.chmod(rights)
             temporary.replace(path)
         except SafetensorError as error:  # an OSError in disguise
             raise OSError(errno.EIO, str(error), str(path)) from None
@@ -175,6 +178,8 @@ class ShardIndex:
             index.__dict__["fingerprint"] = metadata["fingerprint"]
         except UserError:
             raise
+        except PermissionError:
+            raise UserError(f"{path}: cannot be read: permission denied") from None
         except Exception as error:  # JSON, NumPy and the file system raise their own
             raise UserError(f"{path}: damaged index ({error}); {_ANEW}") from None
         return index

@@ -67,22 +67,25 @@ def start_resource_tracker() -> None:
 
 @contextmanager
 def progress(title: str, total: int, *, in_bytes: bool, say: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; in a log, one line that says how long it will take. Gives what counts the work done."""
+    """A bar on a terminal; in a log, now and then a line that says how long it will take. Gives what counts the work.
+
+    The first after a second, then ever less often, none for what is nearly done.
+    """
     console = Console(stderr=True)
     amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
     columns = (TextColumn(title), BarColumn(), amount, TimeRemainingColumn())
-    began, done, said = time.monotonic(), 0, console.is_terminal
+    began, done, due = time.monotonic(), 0, 1.0
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total)
 
         def advance(amount: int) -> None:
-            nonlocal done, said
+            nonlocal done, due
             bar.advance(task, amount)
             done += amount
             passed = time.monotonic() - began
             left = passed * (total - done) / max(done, 1)
-            if not said and passed > 1 and left > _LONG:
-                said = True
+            if not console.is_terminal and passed > due and left > _LONG:
+                due = max(2 * passed, passed + _LONG)
                 say(f"{title}: {done / total:.1%} after {passed:.0f} s, about {left / 60:.0f} min to go")
 
         yield advance

@@ -22,7 +22,7 @@ from fsspec.asyn import sync
 from dist_trainer.data.retry import RetryConfig, ShortRead, in_background, lasting_local, lasting_remote, retrying
 from dist_trainer.errors import UserError
 
-__all__ = ["RetryConfig", "ShortRead", "Stat", "Storage", "is_remote", "refuse_secrets"]
+__all__ = ["RetryConfig", "ShortRead", "Stat", "Storage", "is_remote", "refuse_secret_url", "refuse_secrets"]
 
 T = TypeVar("T")
 
@@ -71,7 +71,8 @@ def _is_secret(name: str) -> bool:
     return any(_SECRET.fullmatch(part) for part in [*parts, "".join(parts)])
 
 
-def _refuse_secret_url(location: str) -> None:
+def refuse_secret_url(location: str) -> None:
+    """Raises UserError, which does not show it, for a URL with a password or a signature."""
     url = urlsplit(location)
     secret = next((name for name, _ in parse_qsl(url.query) if _is_secret(name)), "a password" if url.password else "")
     if secret:
@@ -109,7 +110,7 @@ class Storage:
             raise UserError(
                 f"{location}: shell pipes are refused; use a path or a URL that fsspec knows, such as s3://"
             )
-        _refuse_secret_url(location)
+        refuse_secret_url(location)
         if os.getpid() != self._pid:  # after a fork neither its event loop nor its sockets are ours
             self._reset()
         # Chained URLs (zip://...::s3://...) are one file system each.

@@ -4,6 +4,7 @@ import random
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,10 +48,11 @@ class TarStream(IterableDataset[Batch]):
         self._config, self._num_classes, self._augment = config, num_classes, augment
         self._batch, self._seed = batch, seed
         self._rank, self._world = rank, world
-        self._urls = expand_urls(config.train)
+        local = Path(config.train).expanduser()
+        self._urls = [str(tar) for tar in sorted(local.glob("*.tar"))] if local.is_dir() else expand_urls(config.train)
         self._addresses: Iterable[SlotAddress] = ()
         if not self._urls:
-            raise UserError(f"data.train: {config.train!r} names no tars")
+            raise UserError(f"data.train: {config.train!r} names no tars; give a folder of them or a brace pattern")
 
     def serve(self, addresses: Iterable[SlotAddress]) -> "TarStream":
         """Set what the next iteration serves."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from dist_trainer.data.index import FILE_NAME
-from dist_trainer.data.storage import Storage, is_remote
+from dist_trainer.data.storage import Storage, is_remote, refuse_secret_url
 from dist_trainer.errors import UserError
 from dist_trainer.shards.build import ShardSet
 from dist_trainer.shards.image_folder import class_folders, holds_images
@@ -34,6 +34,8 @@ def locate(locations: Sequence[str], storage: Storage) -> Place:
 
     Raises UserError for what holds no images, for a pattern that does not parse, and for what cannot be reached.
     """
+    for location in locations:
+        refuse_secret_url(location)  # before any message shows it
     if len(locations) == 1:
         (location,) = locations
         if location.startswith("pipe:"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.data.index import ShardIndex
-from dist_trainer.data.storage import Storage, is_remote
+from dist_trainer.data.storage import RetryConfig, Storage, is_remote
 from dist_trainer.errors import LocalError, UserError
 from dist_trainer.processes import cores
 from dist_trainer.shards.build import ShardSet, build_index
@@ -29,7 +29,12 @@ __all__ = [
 
 
 def prepare_index(
-    key: str, location: str, *, options: Mapping[str, Any] | None = None, fallback: Path | None = None
+    key: str,
+    location: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    retry: RetryConfig | None = None,
+    fallback: Path | None = None,
 ) -> tuple[str, str]:
     """The index of `location`, held against its shards; local tars and image folders without one are indexed.
 
@@ -37,7 +42,7 @@ def prepare_index(
     read-only folder, the copy of a remote index. Returns (path of a local index file, a line to print or ""). Raises
     UserError, which begins with the config key `key`, for what is missing, damaged or not what was indexed.
     """
-    storage = Storage(options)
+    storage = Storage(options, retry or RetryConfig())
     try:
         place = locate([location], storage)
         path = _existing(place, location, storage, fallback)
