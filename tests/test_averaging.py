@@ -471,7 +471,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     assert "format 99" in message(caught)
 
 
-@pytest.mark.parametrize("place", ["save_file", "os.replace", "os.fsync"])
+@pytest.mark.parametrize("place", ["save_tensors", "os.replace", "os.fsync"])
 def test_storage_that_refuses_leaves_the_earlier_ones_whole(tmp_path: Path, place: str) -> None:
     """And the next offer is taken. Fails when OSError gets through, or what was half written stays on a full disk."""
     kept = Snapshots(tmp_path, 1)
@@ -479,11 +479,11 @@ def test_storage_that_refuses_leaves_the_earlier_ones_whole(tmp_path: Path, plac
     before = files(tmp_path)
 
     def refuse(*args: Any, **more: Any) -> None:
-        if place == "save_file":
+        if place == "save_tensors":
             args[1].write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    target = f"{snapshots.__name__}.save_file" if place == "save_file" else place
+    target = f"{snapshots.__name__}.save_tensors" if place == "save_tensors" else place
     with mock.patch(target, refuse), pytest.raises(UserError) as caught:
         kept.offer(20, 0.6, weights(20))
     assert "No space left" in message(caught)
@@ -560,13 +560,13 @@ class Disk:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        save, text, replace, unlink = snapshots.save_file, Path.write_text, os.replace, os.unlink
+        save, text, replace, unlink = snapshots.save_tensors, Path.write_text, os.replace, os.unlink
 
         def write_text(path: Path, content: str) -> None:
             self.write(lambda c, p: text(p, c), content, path)
 
         with (
-            mock.patch.object(snapshots, "save_file", lambda state, path: self.write(save, state, path)),
+            mock.patch.object(snapshots, "save_tensors", lambda state, path: self.write(save, state, path)),
             mock.patch.object(Path, "write_text", write_text),
             mock.patch.object(os, "fsync", self.fsync),
             mock.patch.object(os, "replace", lambda source, target: self.replace(replace, source, target)),

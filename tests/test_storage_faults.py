@@ -263,7 +263,7 @@ def test_other_processes_open_their_own_connections(folder: Path, method: str) -
 def test_errors_of_one_item_stop_the_others() -> None:
     """`concurrently` keeps the order, raises the first error, and starts nothing after it.
 
-    Fails when results come in the order in which they are done, or when only the reader of the results stops the others.
+    Fails when results come in the order in which they are done, or when only their reader stops the others.
     """
     barrier = threading.Barrier(3)
     assert retry.concurrently(lambda n: (barrier.wait(HANG), n)[1], [2, 0, 1], 3) == [2, 0, 1]

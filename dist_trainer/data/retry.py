@@ -80,7 +80,7 @@ def concurrently(work: Callable[[T], R], items: Sequence[T], limit: int) -> list
                 return
             _settle(future, lambda item=item: work(item))  # type: ignore[misc]
             if future.exception():
-                todo.clear()  # by this thread: the one that reads the results may come late. All before this item have begun
+                todo.clear()  # here: who reads the results may come late. All before this item have begun
 
     for _ in range(min(limit, len(items))):
         threading.Thread(target=run, daemon=True, name="storage").start()
