@@ -20,7 +20,7 @@ from dist_trainer.tricks.averaging import Member, not_finite
 
 INDEX = "index.json"
 VERSION = 1
-_OURS = re.compile(r"\.?step_\d{8,}\.safetensors|\.index\.json")
+_OURS = re.compile(r"\.?step_\d{8,}\.safetensors|\.index\.json|\.tmp\w{6}")  # the last is safetensors' own, when killed
 
 
 @dataclass(frozen=True)
