@@ -10,7 +10,7 @@ from dist_trainer.errors import UserError
 from dist_trainer.evaluate import EvalResult
 from dist_trainer.evaluation_run import Evaluation
 from dist_trainer.log.console import Terminal
-from dist_trainer.run import build_draw
+from dist_trainer.run_data import build_draw
 from dist_trainer.snapshots import Snapshots
 from dist_trainer.tricks.averaging import Member, State, greedy_soup, mean
 from dist_trainer.tricks.precise_bn import re_estimate

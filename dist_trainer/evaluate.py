@@ -30,6 +30,9 @@ class EvalConfig:
     """Resize the shorter side to so many pixels first."""
     crop: int | None = None
     """Then cut a square of so many pixels from the centre."""
+    train_samples: int = 5000
+    """Training samples that are scored too, the same ones each time, with the evaluation's transform: how far training
+    and validation differ shows overfitting and underfitting. 0: none."""
     bad: Literal["count_wrong", "fail"] = "count_wrong"
     """What a validation sample that cannot be read or decoded does: count as wrong, with a warning, or stop."""
 

@@ -6,13 +6,9 @@ from typing import Any
 from dist_trainer.comm import devices
 from dist_trainer.config import TrainConfig
 from dist_trainer.data.index import ShardIndex
-from dist_trainer.models import build_model
+from dist_trainer.parts import build_parts
 from dist_trainer.plan import largest_world, num_slots
-from dist_trainer.run import Every, check_weights
-from dist_trainer.run_data import open_data, plan_of, prepare_data
-from dist_trainer.tricks.learning_rate import LearningRate
-from dist_trainer.tricks.losses import build_loss
-from dist_trainer.tricks.optimizers import build_optimizer
+from dist_trainer.run_data import open_data, prepare_data
 
 
 def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: int | None = None) -> dict[str, Any]:
@@ -25,16 +21,11 @@ def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: i
         num_classes = train.num_classes
     else:
         train = num_samples
-    plan = plan_of(config, train, world)
-    rate = LearningRate(config.lr, plan)
-    Every.of(config)
-    check_weights(config, plan)
-    model = build_model(config.model, num_classes, config.run.seed)
-    build_optimizer(config.optimizer, model)
-    build_loss(config.loss)
+    parts = build_parts(config, train, num_classes, world)
+    plan, rate = parts.plan, parts.learning_rate
     return {
         "world": plan.world,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in parts.model.parameters()),
         "global_batch": plan.global_batch,
         "micro_batch": plan.micro_batch,
         "micro_batches_per_step": plan.num_slots,

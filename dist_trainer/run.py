@@ -11,29 +11,23 @@ from dist_trainer import checkpoint
 from dist_trainer.average import Averaging
 from dist_trainer.comm import StopRequest, World, on_main
 from dist_trainer.config import TrainConfig
-from dist_trainer.data.augment import Augment
 from dist_trainer.data.health import Health
-from dist_trainer.data.index import ShardIndex
-from dist_trainer.data.stream import DrawnStream, EvalStream, TrainStream
+from dist_trainer.data.stream import EvalStream, TrainStream
 from dist_trainer.engine import Engine
 from dist_trainer.engines import build_engine
 from dist_trainer.errors import UserError
-from dist_trainer.evaluate import center_crop
 from dist_trainer.inference import Preprocess
 from dist_trainer.log.console import Terminal
 from dist_trainer.log.meter import Meter
 from dist_trainer.log.tracker import SCORES, Tracker
-from dist_trainer.models import build_model
-from dist_trainer.plan import Duration, Plan
-from dist_trainer.run_data import mended_samples, open_data, order_of, plan_of, prepare_data
+from dist_trainer.parts import Every, build_parts
+from dist_trainer.plan import Plan
+from dist_trainer.run_data import mended_samples, open_data, open_streams, prepare_data
 from dist_trainer.run_folder import RunFolder, auto_name, git_revision, identity
 from dist_trainer.step_sums import StepSums
-from dist_trainer.tricks.averaging import chosen_metric
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema, EmaConfig
 from dist_trainer.tricks.learning_rate import LearningRate
-from dist_trainer.tricks.losses import build_loss
-from dist_trainer.tricks.optimizers import build_optimizer
 from dist_trainer.weights import Weights
 
 
@@ -41,7 +35,8 @@ from dist_trainer.weights import Weights
 class Progress:
     """How far a run is. `step` counts updates tried, `skipped` those that were not applied.
 
-    `last` holds the metrics of the last evaluation by the weights' name, `best` the best top-1 of all with its name.
+    `last` holds the metrics of the last evaluation by the weights' name, `train_eval` those of the model on training
+    samples, `best` the best top-1 of all with its name.
     """
 
     step: int = 0
@@ -49,6 +44,7 @@ class Progress:
     skipped_in_a_row: int = 0
     evaluated_step: int = 0
     last: dict[str, dict[str, float]] = field(default_factory=dict)
+    train_eval: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
 
     def count(self, applied: bool) -> None:
@@ -62,33 +58,6 @@ class Progress:
         return {**asdict(self), "epoch": plan.epoch(self.step), "position": plan.position(self.step)}
 
 
-@dataclass(frozen=True)
-class Every:
-    """How often things happen; None: only at the end."""
-
-    log: Duration | None
-    eval: Duration | None
-    checkpoint: Duration | None
-
-    @classmethod
-    def of(cls, config: TrainConfig) -> "Every":
-        """Raises UserError naming the key of what is no duration."""
-
-        def parse(name: str, text: str | None) -> Duration | None:
-            if text is None:
-                return None
-            duration = Duration.parse(text, f"{name}.every")
-            if not duration.amount:
-                raise UserError(f"{name}.every: {text}: write null for never but at the end")
-            return duration
-
-        return cls(
-            log=parse("log", config.log.every),
-            eval=parse("eval", config.eval.every),
-            checkpoint=parse("checkpoint", config.checkpoint.every),
-        )
-
-
 @dataclass
 class Run:
     """Everything that the loop uses. `facts` is what a checkpoint says about how it was made."""
@@ -99,6 +68,7 @@ class Run:
     every: Every
     stream: TrainStream
     val: EvalStream
+    train_eval: EvalStream | None
     engine: Engine
     learning_rate: LearningRate
     batch_norm: RunningStatistics
@@ -125,23 +95,14 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
     for note in place["notes"]:
         terminal.say(note)
     train_index, val_index = open_data(config, place)
-    plan = plan_of(config, train_index, world.size)
-    learning_rate, every = LearningRate(config.lr, plan), Every.of(config)
     what = identity(config.as_dict(), f"{train_index.fingerprint[:16]} {val_index.fingerprint[:16]}")
     name = auto_name(stem, what) if config.run.name == "auto" else config.run.name
     folder = RunFolder(Path(config.run.dir).expanduser() / name)
     # Whatever can be wrong with the config shows before the folder is touched.
-    model = build_model(config.model, train_index.num_classes, config.run.seed)
-    optimizer, loss = build_optimizer(config.optimizer, model), build_loss(config.loss)
-    kind = order_of(config, train_index)
-    if kind == "full" and config.data.order == "auto":
-        terminal.say("data.order: full, since the training set is sorted by class")
-    stream = TrainStream(train_index, plan, config.data, config.augment, kind, config.run.seed, world)
-    if note := stream.warning(config.data):
+    parts = build_parts(config, train_index, train_index.num_classes, world.size)
+    streams = open_streams(config, parts.plan, train_index, val_index, world)
+    for note in streams.notes:
         terminal.say(note)
-    val = EvalStream(val_index, config.data, center_crop(config.eval), config.eval.batch, world)
-    ema_start = check_weights(config, plan)
-    draw = build_draw(config, train_index, world)
     resumed_from = _claim(folder, config, what, world, terminal)
     if resumed_from == "complete":
         return folder
@@ -151,20 +112,22 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
         state = checkpoint.load_state(Path(resumed_from))
         if world.device.type == "cpu" and state["world"] == world.size:
             torch.set_num_threads(state["threads"])  # another number of threads adds floats in another order
-        checkpoint.load_into(model, checkpoint.load_tensors(Path(resumed_from), "model"), resumed_from)
+        checkpoint.load_into(parts.model, checkpoint.load_tensors(Path(resumed_from), "model"), resumed_from)
     preprocess = Preprocess(mean=config.data.mean, std=config.data.std, channels_last=config.model.channels_last)
-    engine = build_engine(config.engine, model, optimizer, loss, plan, world, preprocess, config.run.seed)
+    engine = build_engine(
+        config.engine, parts.model, parts.optimizer, parts.loss, parts.plan, world, preprocess, config.run.seed
+    )
     facts = {
         "fingerprint": train_index.fingerprint,
-        "order": asdict(stream.spec),
+        "order": asdict(streams.train.spec),
         "world": world.size,
         "threads": torch.get_num_threads(),
         "engine": asdict(config.engine),
         "torch": torch.__version__,
     }
     batch_norm, meter, progress = RunningStatistics(engine.module), Meter(), Progress()
-    ema = build_ema(config.ema, engine, batch_norm, ema_start, plan.total_steps)
-    weights = Weights(engine, batch_norm, ema, draw)
+    ema = build_ema(config.ema, engine, batch_norm, parts.ema_start, parts.plan.total_steps)
+    weights = Weights(engine, batch_norm, ema, streams.draw)
     health = Health(train_index, config.data.max_bad, "train")
     if state:
         if state["order"] != facts["order"] or state["fingerprint"] != facts["fingerprint"]:
@@ -181,24 +144,25 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
         if ema is not None:
             weights.load_ema(checkpoint.load_tensors(Path(resumed_from), "ema"), progress.step - progress.skipped)
     averaging = open_averaging(config, weights, folder, progress.evaluated_step, world, terminal)
-    tracker = Tracker(world, plan.total_steps, terminal)
+    tracker = Tracker(world, parts.plan.total_steps, terminal)
     tracker.open(
         folder.path, progress.step, config.wandb, {**config.as_dict(), "world": world.size, "git": git_revision()}
     )
     return Run(
         config=config,
         world=world,
-        plan=plan,
-        every=every,
-        stream=stream,
-        val=val,
+        plan=parts.plan,
+        every=parts.every,
+        stream=streams.train,
+        val=streams.val,
+        train_eval=streams.train_eval,
         engine=engine,
-        learning_rate=learning_rate,
+        learning_rate=parts.learning_rate,
         batch_norm=batch_norm,
         ema=ema,
         weights=weights,
         averaging=averaging,
-        sums=StepSums(plan, batch_norm, ema, meter, health, folder.bad_samples, stop, world),
+        sums=StepSums(parts.plan, batch_norm, ema, meter, health, folder.bad_samples, stop, world),
         health=health,
         meter=meter,
         tracker=tracker,
@@ -206,20 +170,6 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
         facts=facts,
         progress=progress,
     )
-
-
-def check_weights(config: TrainConfig, plan: Plan) -> int:
-    """The step at which the moving average begins. Raises UserError for what cannot be averaged or re-estimated."""
-    config.ema.check()
-    start = round(plan.steps(Duration.parse(config.ema.start, "ema.start")))
-    if start >= plan.total_steps:
-        raise UserError(f"ema.start: {config.ema.start} is step {start}, and the run has {plan.total_steps}")
-    if config.precise_bn.num_slots(plan.micro_batch, plan.num_samples) and config.data.source == "stream":
-        raise UserError("precise_bn.num_samples: needs an index to draw from; data.source: stream has none")
-    ema = ["val_ema/top1"] if config.ema.decay is not None else []
-    if config.averaging.metric == "auto" or config.averaging.top_k < 0:
-        chosen_metric(config.averaging, ["val/top1", *ema])
-    return start
 
 
 def build_ema(config: EmaConfig, engine: Engine, batch_norm: RunningStatistics, start: int, total: int) -> Ema | None:
@@ -240,16 +190,6 @@ def open_averaging(
     for note in averaging.resume(evaluated):
         terminal.say(note)
     return averaging
-
-
-def build_draw(config: TrainConfig, train: ShardIndex, world: World) -> DrawnStream | None:
-    """The training samples from which batch-norm is re-estimated, where that is configured. Raises UserError."""
-    size, precise = config.batch.micro_batch, config.precise_bn
-    num_batches = precise.num_slots(size, len(train))
-    if not num_batches:
-        return None
-    transform = Augment(config.augment, config.run.seed) if precise.transform == "train" else center_crop(config.eval)
-    return DrawnStream(train, config.data, transform, num_batches, size, config.run.seed, world)
 
 
 def _claim(folder: RunFolder, config: TrainConfig, what: dict[str, Any], world: World, terminal: Terminal) -> str:

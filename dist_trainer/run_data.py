@@ -1,4 +1,4 @@
-"""The data of a run: found or prepared on one rank, opened on all, planned."""
+"""The data of a run: found or prepared on one rank, opened on all, planned, streamed."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -6,16 +6,20 @@ from typing import Any
 
 import numpy as np
 
+from dist_trainer.comm import World
 from dist_trainer.config import TrainConfig
+from dist_trainer.data.augment import Augment
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.decode import decoder_line
 from dist_trainer.data.health import Health
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.order import Kind
 from dist_trainer.data.read import Bad, Reader
-from dist_trainer.data.stream import order_samples
+from dist_trainer.data.samples import drawn
+from dist_trainer.data.stream import DrawnStream, EvalStream, TrainStream, order_samples
 from dist_trainer.data.unindexed import SAID
 from dist_trainer.errors import UserError
+from dist_trainer.evaluate import center_crop
 from dist_trainer.plan import Duration, Plan, make_plan
 from dist_trainer.shards.sources import is_class_sorted, match_classes, open_index, prepare_index
 
@@ -86,6 +90,52 @@ def plan_of(config: TrainConfig, train: ShardIndex | int, world: int) -> Plan:
         tail="carry" if is_stream else config.data.tail,  # a stream has no end to mask
         repeats=config.augment.repeats,
     )
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What a run reads: to train, to validate, to see how well the training set is known, to re-estimate batch-norm."""
+
+    train: TrainStream
+    val: EvalStream
+    train_eval: EvalStream | None
+    draw: DrawnStream | None
+    notes: list[str]
+
+
+def open_streams(config: TrainConfig, plan: Plan, train: ShardIndex, val: ShardIndex, world: World) -> Streams:
+    """Raises UserError for what the config says of the data and cannot be."""
+    kind = order_of(config, train)
+    sorted_set = kind == "full" and config.data.order == "auto"
+    stream = TrainStream(train, plan, config.data, config.augment, kind, config.run.seed, world)
+    notes = ["data.order: full, since the training set is sorted by class"] if sorted_set else []
+    return Streams(
+        train=stream,
+        val=EvalStream(val, config.data, center_crop(config.eval), config.eval.batch, world),
+        train_eval=build_train_eval(config, train, world),
+        draw=build_draw(config, train, world),
+        notes=notes + [note for note in [stream.warning(config.data)] if note],
+    )
+
+
+def build_draw(config: TrainConfig, train: ShardIndex, world: World) -> DrawnStream | None:
+    """The training samples from which batch-norm is re-estimated, where that is configured. Raises UserError."""
+    size, precise = config.batch.micro_batch, config.precise_bn
+    num_batches = precise.num_slots(size, len(train))
+    if not num_batches:
+        return None
+    transform = Augment(config.augment, config.run.seed) if precise.transform == "train" else center_crop(config.eval)
+    return DrawnStream(train, config.data, transform, num_batches, size, config.run.seed, world)
+
+
+def build_train_eval(config: TrainConfig, train: ShardIndex, world: World) -> EvalStream | None:
+    """The training samples that are scored beside the validation set. Raises UserError."""
+    if config.eval.train_samples < 0:
+        raise UserError(f"eval.train_samples: {config.eval.train_samples} is negative; 0 scores none")
+    if not config.eval.train_samples or config.data.source == "stream":  # a stream has no index to draw from
+        return None
+    chosen = drawn(train, min(config.eval.train_samples, len(train)), config.run.seed)
+    return EvalStream(train, config.data, center_crop(config.eval), config.eval.batch, world, chosen)
 
 
 def mended_samples(index: ShardIndex, config: DataConfig, health: Health) -> list[int]:

@@ -85,7 +85,18 @@ def validate(run: Run) -> None:
         run.progress.last = {}
         for name in run.weights.names:
             score_held(run, name)
+        score_training(run)
         run.progress.evaluated_step = run.progress.step
+
+
+def score_training(run: Run) -> None:
+    """Score the model on training samples, prepared as those of the validation set are."""
+    progress = run.progress
+    if run.train_eval is not None:
+        with run.weights.held("model"):
+            metrics = evaluate(run.engine, run.train_eval).metrics
+        progress.train_eval = metrics | {"gap": metrics["top1"] - progress.last["model"]["top1"]}
+        run.tracker.training_slice(progress.step, run.plan.epoch(progress.step), progress.train_eval)
 
 
 def average(run: Run) -> None:

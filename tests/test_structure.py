@@ -19,7 +19,7 @@ FLOORS = [
         | {"checkpoint", "snapshots", "average", "evaluate", "step_sums"}
     ],
     [{"config", "run_folder"}],
-    [{"run", "run_data", "plan_report", "evaluation_run", "average_run"}, {"arguments"}],
+    [{"run", "run_data", "parts", "plan_report", "evaluation_run", "average_run"}, {"arguments"}],
     [{"train"}],
     [{"cli_shards"}],
     [{"cli"}],

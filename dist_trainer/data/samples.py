@@ -187,13 +187,17 @@ def _allocate(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload,no-any-return]
 
 
+def _fits_cache(index: ShardIndex, config: DataConfig) -> bool:
+    """Whether whole blocks are worth fetching though samples are asked for at random: they all can stay."""
+    return int(index.sizes.sum()) <= config.cache.size_bytes
+
+
 class _Augmented(_Samples):
     """Training samples: cropped, mirrored and transformed as their keys say."""
 
     def __init__(self, index: ShardIndex, augment: Augment, config: DataConfig, *, in_blocks: bool) -> None:
         """`in_blocks`: whether neighbours are asked for soon, so that whole blocks are worth fetching."""
-        size = int(index.sizes.sum())
-        super().__init__(index, config, "train", whole_blocks=in_blocks or size <= config.cache.size_bytes)
+        super().__init__(index, config, "train", whole_blocks=in_blocks or _fits_cache(index, config))
         self._augment = augment
         if augment.size is not None:
             self._shape = (config.channels, augment.size, augment.size)
@@ -274,49 +278,42 @@ class TrainSamples(_Augmented):
 
 
 class EvalSamples(_Samples):
-    """Every sample once, in index order, in batches whose content does not depend on the world."""
+    """Every sample once, or those of `chosen` (ids of a training set, int64 [n]), in the same batches on any world."""
 
-    def __init__(self, index: ShardIndex, config: DataConfig, transform: CenterCrop) -> None:
-        super().__init__(index, config, "val")
+    def __init__(
+        self, index: ShardIndex, config: DataConfig, transform: CenterCrop, chosen: np.ndarray | None = None
+    ) -> None:
+        if chosen is None:
+            super().__init__(index, config, "val")
+        else:
+            super().__init__(index, config, "train", whole_blocks=_fits_cache(index, config))
+        self._chosen = np.arange(len(index)) if chosen is None else chosen
         self._center_crop = transform
         if transform.crop is not None:
             self._shape = (config.channels, transform.crop, transform.crop)
 
     def _place(self, address: EvalAddress) -> tuple[np.ndarray, np.ndarray, UInt64]:
         place = np.arange(address.number * address.size, (address.number + 1) * address.size)
-        ids = place % len(self._index)
-        return ids, place < len(self._index), hashes(ids, STAGE)
+        ids = self._chosen[place % len(self._chosen)]
+        return ids, place < len(self._chosen), hashes(ids, STAGE)
 
     def _images(self, ids: np.ndarray, data: list[Encoded], keys: UInt64) -> list[torch.Tensor | Bad]:
         images = [self._decode(each) for each in data]
         return [image if isinstance(image, Bad) else self._center_crop(image) for image in images]
 
 
-def _drawn(address: EvalAddress, num_samples: int, seed: int) -> np.ndarray:
-    """Sample ids (int64 [m]) of one batch of a draw without repetition, the same on any world."""
-    place = np.arange(address.number * address.size, (address.number + 1) * address.size)
-    return permute(place, num_samples, np.uint64(key(DRAW, seed)))
+def drawn(index: ShardIndex, num_samples: int, seed: int) -> np.ndarray:
+    """Sample ids (int64 [num_samples]) of a draw without repetition, the same whenever and wherever it is made."""
+    return permute(np.arange(num_samples) % len(index), len(index), np.uint64(key(DRAW, seed)))
 
 
 class DrawnTrainSamples(_Augmented):
-    """Batches of training samples drawn at random, once for all, augmented as in the first epoch."""
+    """Training samples `chosen` (ids, int64 [n]) in batches, augmented as in the first epoch."""
 
-    def __init__(self, index: ShardIndex, augment: Augment, config: DataConfig, seed: int) -> None:
+    def __init__(self, index: ShardIndex, augment: Augment, config: DataConfig, chosen: np.ndarray) -> None:
         super().__init__(index, augment, config, in_blocks=False)
-        self._seed = seed
+        self._chosen = chosen
 
     def _place(self, address: EvalAddress) -> tuple[np.ndarray, np.ndarray, UInt64]:
-        ids = _drawn(address, len(self._index), self._seed)
+        ids = self._chosen[address.number * address.size : (address.number + 1) * address.size]
         return ids, np.ones(len(ids), bool), self._augment.keys(np.zeros(len(ids), np.int64), ids, 0)
-
-
-class DrawnEvalSamples(EvalSamples):
-    """The same draw, with the evaluation transform."""
-
-    def __init__(self, index: ShardIndex, config: DataConfig, transform: CenterCrop, seed: int) -> None:
-        super().__init__(index, config, transform)
-        self._seed = seed
-
-    def _place(self, address: EvalAddress) -> tuple[np.ndarray, np.ndarray, UInt64]:
-        ids = _drawn(address, len(self._index), self._seed)
-        return ids, np.ones(len(ids), bool), hashes(ids, STAGE)

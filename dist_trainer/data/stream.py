@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,7 +19,7 @@ from dist_trainer.data.config import DataConfig
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.order import ClassOrder, Kind, OrderSpec
 from dist_trainer.data.parallel import as_worker, start_resource_tracker
-from dist_trainer.data.samples import DrawnEvalSamples, DrawnTrainSamples, EvalSamples, TrainSamples
+from dist_trainer.data.samples import DrawnTrainSamples, EvalSamples, TrainSamples, drawn
 from dist_trainer.data.unindexed import StreamSpec, TarStream
 from dist_trainer.errors import LocalError, UserError
 from dist_trainer.plan import Plan
@@ -193,11 +194,20 @@ class _FixedBatches:
 
 
 class EvalStream(_FixedBatches):
-    """The validation set, every sample once."""
+    """Every sample once: of the validation set, or those of the training set that are `chosen` (ids, int64 [n])."""
 
-    def __init__(self, index: ShardIndex, config: DataConfig, transform: CenterCrop, batch: int, world: World) -> None:
-        self.index, self.num_samples = index, len(index)
-        super().__init__(EvalSamples(index, config, transform), -(-len(index) // batch), batch, config, world)
+    def __init__(
+        self,
+        index: ShardIndex,
+        config: DataConfig,
+        transform: CenterCrop,
+        batch: int,
+        world: World,
+        chosen: np.ndarray | None = None,
+    ) -> None:
+        self.index, self.num_samples = index, len(index) if chosen is None else len(chosen)
+        samples = EvalSamples(index, config, transform, chosen)
+        super().__init__(samples, -(-self.num_samples // batch), batch, config, world)
 
 
 class DrawnStream(_FixedBatches):
@@ -213,9 +223,10 @@ class DrawnStream(_FixedBatches):
         seed: int,
         world: World,
     ) -> None:
+        chosen = drawn(index, num_batches * size, seed)
         samples = (
-            DrawnTrainSamples(index, transform, config, seed)
+            DrawnTrainSamples(index, transform, config, chosen)
             if isinstance(transform, Augment)
-            else DrawnEvalSamples(index, config, transform, seed)
+            else EvalSamples(index, config, transform, chosen)
         )
         super().__init__(samples, num_batches, size, config, world)

@@ -2,7 +2,8 @@
 
 Names: train/loss (mean over samples since the last line), train/lr, train/grad_norm (of the last step, before
 clipping), train/skipped (steps not applied, so far), data/bad (different bad samples, so far), ema/decay,
-val/top1, val/top5 (fractions), val/loss, and the same with the other prefixes of SCORES,
+val/top1, val/top5 (fractions), val/loss, and the same with the other prefixes of SCORES, train_eval/top1, top5, loss
+(training samples with the evaluation's transform), train_eval/gap (its top1 less val/top1),
 perf/images_per_s, perf/data_wait (share of the time that rank 0 waited for data), epoch.
 """
 
@@ -76,6 +77,14 @@ class Tracker:
         prefix, title = SCORES[weights]
         self._write(step, {"epoch": epoch, **{f"{prefix}/{key}": value for key, value in metrics.items()}})
         self.terminal.eval_line(step, title, metrics, num_samples, best["top1"])
+
+    def training_slice(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
+        """Metrics of the model on training samples: train_eval/top1, ..., train_eval/gap."""
+        self._write(step, {"epoch": epoch, **{f"train_eval/{key}": value for key, value in metrics.items()}})
+        if self._world.is_main:
+            self.terminal.say(
+                f"step {step}: training samples: top-1 {metrics['top1']:.2%}, {100 * metrics['gap']:+.1f} points"
+            )
 
     def close(self, summary: dict[str, Any]) -> None:
         self.terminal.stop()

@@ -1,0 +1,90 @@
+"""What a config comes to before a folder, a device or an image is touched: `plan` reports it, `train` builds on it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dist_trainer.config import TrainConfig
+from dist_trainer.data.augment import Augment
+from dist_trainer.data.index import ShardIndex
+from dist_trainer.errors import UserError
+from dist_trainer.evaluate import center_crop
+from dist_trainer.models import build_model
+from dist_trainer.plan import Duration, Plan
+from dist_trainer.run_data import plan_of
+from dist_trainer.tricks.averaging import chosen_metric
+from dist_trainer.tricks.learning_rate import LearningRate
+from dist_trainer.tricks.losses import Loss, build_loss
+from dist_trainer.tricks.optimizers import build_optimizer
+
+
+@dataclass(frozen=True)
+class Every:
+    """How often things happen; None: only at the end."""
+
+    log: Duration | None
+    eval: Duration | None
+    checkpoint: Duration | None
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Every":
+        """Raises UserError naming the key of what is no duration."""
+
+        def parse(name: str, text: str | None) -> Duration | None:
+            if text is None:
+                return None
+            duration = Duration.parse(text, f"{name}.every")
+            if not duration.amount:
+                raise UserError(f"{name}.every: {text}: write null for never but at the end")
+            return duration
+
+        return cls(
+            log=parse("log", config.log.every),
+            eval=parse("eval", config.eval.every),
+            checkpoint=parse("checkpoint", config.checkpoint.every),
+        )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """`ema_start` is the step at which the moving average begins."""
+
+    plan: Plan
+    every: Every
+    learning_rate: LearningRate
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Loss
+    ema_start: int
+
+
+def build_parts(config: TrainConfig, train: ShardIndex | int, num_classes: int, world: int) -> Parts:
+    """For an index, or so many training samples, on `world` ranks. Raises UserError for whatever cannot be."""
+    plan = plan_of(config, train, world)
+    Augment(config.augment, config.run.seed)
+    center_crop(config.eval)
+    model = build_model(config.model, num_classes, config.run.seed)
+    return Parts(
+        plan=plan,
+        every=Every.of(config),
+        learning_rate=LearningRate(config.lr, plan),
+        model=model,
+        optimizer=build_optimizer(config.optimizer, model),
+        loss=build_loss(config.loss),
+        ema_start=check_weights(config, plan),
+    )
+
+
+def check_weights(config: TrainConfig, plan: Plan) -> int:
+    """The step at which the moving average begins. Raises UserError for what cannot be averaged or re-estimated."""
+    config.ema.check()
+    start = round(plan.steps(Duration.parse(config.ema.start, "ema.start")))
+    if start >= plan.total_steps:
+        raise UserError(f"ema.start: {config.ema.start} is step {start}, and the run has {plan.total_steps}")
+    if config.precise_bn.num_slots(plan.micro_batch, plan.num_samples) and config.data.source == "stream":
+        raise UserError("precise_bn.num_samples: needs an index to draw from; data.source: stream has none")
+    ema = ["val_ema/top1"] if config.ema.decay is not None else []
+    if config.averaging.metric == "auto" or config.averaging.top_k < 0:
+        chosen_metric(config.averaging, ["val/top1", *ema])
+    return start
