@@ -58,7 +58,7 @@ def test_wandb_holds_what_metrics_jsonl_holds_in_one_run(run: Path) -> None:
     assert len({file.name for file in files}) == 1, "one run id"
     ours = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     theirs = [row for file in files for row in history(file)]
-    assert len(ours) == 20 + 2 and len(theirs) == len(ours)
+    assert len(ours) == 20 + 2 * 2 and len(theirs) == len(ours)
     for a, b in zip(ours, theirs, strict=True):
         assert {key: b[key] for key in a} == a
 
