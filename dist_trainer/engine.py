@@ -43,6 +43,9 @@ class EngineConfig:
     """bf16 computes under autocast; weights, their gradients' sums and batch-norm stay float32 in both."""
     clip_grad_norm: float | None = None
     """Largest gradient norm; null does not clip."""
+    not_finite: Literal["skip", "stop", "roll_back"] = "skip"
+    """A gradient with NaN or infinity is never applied. Then: skip the step; stop the run; or go back to the weights of
+    the last checkpoint and on past all samples since."""
 
 
 class Engine(Inference):

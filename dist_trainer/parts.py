@@ -61,6 +61,11 @@ class Parts:
 
 def build_parts(config: TrainConfig, train: ShardIndex | int, num_classes: int, world: int) -> Parts:
     """For an index, or so many training samples, on `world` ranks. Raises UserError for whatever cannot be."""
+    if config.data.retry.deadline >= config.run.timeout:
+        raise UserError(
+            f"run.timeout: {config.run.timeout:g} s must be longer than data.retry.deadline, "
+            f"{config.data.retry.deadline:g} s, for which a rank may wait for storage"
+        )
     plan = plan_of(config, train, world)
     Augment(config.augment, config.run.seed)
     center_crop(config.eval)

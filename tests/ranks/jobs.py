@@ -133,9 +133,8 @@ def main() -> None:
         config, _ = arguments.parse_config(parser, [*job["argv"], f"--run.dir={folder}", f"--run.name={job['name']}"])
         stop = comm.StopRequest()
         if "late" in job:
-            comm._BEAT_S = 0.5
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=2))
-            said = comm.on_main(replace(world, host_group=group), lambda: time.sleep(5) or "done")  # type: ignore[func-returns-value]
+            said = comm.on_main(replace(world, host_group=group, beat_s=0.5), lambda: time.sleep(5) or "done")  # type: ignore[func-returns-value]
             (folder / f"{job['name']}-rank{world.rank}.txt").write_text(said)
             continue
         if "eval" in job:
