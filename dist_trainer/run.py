@@ -153,12 +153,12 @@ def start_run(
         progress = Progress(**{key: state[key] for key in Progress.__dataclass_fields__})
         if ema is not None:
             weights.load_ema(checkpoint.load_tensors(Path(resumed_from), "ema"), progress.step - progress.skipped)
-    progress.pass_over(past)
     averaging = open_averaging(config, weights, folder, progress.evaluated_step, world, terminal)
     tracker = Tracker(world, parts.plan.total_steps, terminal)
     tracker.open(
         folder.path, progress.step, config.wandb, {**config.as_dict(), "world": world.size, "git": git_revision()}
     )
+    progress.pass_over(past)
     return Run(
         config=config,
         world=world,

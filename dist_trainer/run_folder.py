@@ -54,8 +54,8 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 # Not in the run's identity: where things are and how they are spread over machines.
 _PLACEMENT = ("run.dir", "run.name", "run.allow_change", "run.timeout", "wandb.", "checkpoint.", "log.",
-              "data.train", "data.val", "data.workers", "data.cache.", "data.retry.", "data.storage_options", "data.max_bad", "eval.bad",
-              "engine.backend", "engine.zero")  # fmt: skip
+              "data.train", "data.val", "data.workers", "data.cache.", "data.retry.", "data.storage_options",
+              "data.max_bad", "eval.bad", "engine.backend", "engine.zero")  # fmt: skip
 
 
 def identity(config: dict[str, Any], fingerprint: str) -> dict[str, Any]:

@@ -65,11 +65,9 @@ def _train(run: Run) -> str | None:
 def _out_of_memory(run: Run) -> str:
     """One line: what did not fit, and what to change."""
     size, batch = run.plan.micro_batch, run.plan.global_batch
-    smaller = [str(n) for n in range(size - 1, 0, -1) if batch % n == 0][:4]
-    others = (
-        f"smaller ones are {', '.join(smaller)} (batch.micro_batch), which changes" if smaller else "a larger batch is"
-    )
+    smaller = ", ".join([str(n) for n in range(size - 1, 0, -1) if batch % n == 0][:4])
     return (
-        f"rank {run.world.rank}, step {run.progress.step}: out of memory with micro-batches of {size} samples; {others} "
-        "the groups of batch-norm and so the model. engine.precision: bf16 and engine.zero above 0 need less and change nothing"
+        f"rank {run.world.rank}, step {run.progress.step}: out of memory with micro-batches of {size} samples. Smaller "
+        f"ones that divide the batch ({smaller or 'there are none'}: --batch.micro_batch) need less, but make another "
+        "model, since they are batch-norm's groups; engine.zero above 0 needs less and changes nothing"
     )
