@@ -4,17 +4,19 @@ Draws are seeded, so a test of a distribution always has the same outcome.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from helpers import message
+from helpers import message, png, write_tar
 from test_cli import refused
 from timm.data.mixup import cutmix_bbox_and_lam
 from torchvision.transforms import v2
 
+from dist_trainer.cli import dispatch
 from dist_trainer.errors import UserError
 from dist_trainer.plan import BatchConfig, Duration, Plan, make_plan
 from dist_trainer.tricks.mixing import Mix, Mixing, MixingConfig
@@ -199,17 +201,27 @@ def test_values_that_cannot_be_are_refused_by_key(config: dict[str, Any], said: 
     assert message(caught).startswith(said)
 
 
-def test_a_micro_batch_of_one_and_an_image_of_one_pixels_width_are_refused_before_the_first_step(
-    tmp_path: Any,
-) -> None:
-    """By `plan`, as by `train`. Fails when either reaches the first step, or Mixup is refused for CutMix's reason."""
-    config = tmp_path / "small.yaml"
+def test_micro_batches_of_one_and_images_of_one_line_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    """By `plan`, as by `train`; sizes are those of the crop, or of the data. Fails when either reaches the first step,
+    or where Mixup alone, or a crop or transform that may make images larger, would do.
+    """
+    config, rng = tmp_path / "small.yaml", np.random.default_rng(0)
+    (tmp_path / "set").mkdir()
+    write_tar(tmp_path / "set" / "0.tar", [
+        member for n in range(16) for member in ((f"{n}.cls", str(n % 2).encode()), (f"{n}.png", png(rng, 1, 12)))
+    ])  # fmt: skip
     config.write_text(
-        "data: {train: t, val: v, channels: 1, mean: [0.5], std: [0.5]}\nlr: {base: 0.1}\nduration: 1ep\n"
-        "model: {name: small_resnet}\nbatch: {global_batch: 64, micro_batch: 1}\n"
+        f"data: {{train: {tmp_path / 'set'}, val: {tmp_path / 'set'}}}\nlr: {{base: 0.1}}\nduration: 1ep\n"
+        "model: {name: small_resnet, args: {in_channels: 3}}\nbatch: {global_batch: 4, micro_batch: 2}\n"
     )
-    argv = ("plan", config, "--samples", 1000)
-    assert refused(*argv, "--mixing.mixup", 0.2).startswith("mixing.mixup: 0.2 mixes")
-    assert refused(*argv, "--mixing.cutmix", 1).startswith("mixing.cutmix: 1.0 mixes")
-    cut = ("--batch.micro_batch", 2, "--augment.crop.size", 1, "--mixing.cutmix", 1)
-    assert refused(*argv, *cut).startswith("mixing.cutmix: 1.0 cuts boxes")
+    plan = ("plan", config)
+    for name in ("mixup", "cutmix"):
+        line = refused(*plan, "--batch.micro_batch", 1, f"--mixing.{name}", 0.2)
+        assert line.startswith(f"mixing.{name}: 0.2 mixes the samples of a micro-batch")
+    cut = (*plan, "--mixing.cutmix", 1)
+    assert refused(*cut).startswith("mixing.cutmix: 1.0 cuts boxes")
+    assert refused(*cut, "--augment.crop.size", 1, "--samples", 16).startswith("mixing.cutmix: 1.0 cuts boxes")
+    larger = ["--augment.transforms", "[{name: Resize, args: {size: [8, 8]}}]"]
+    for argv in (["--mixing.mixup", 1], ["--mixing.cutmix", 1, *larger], ["--mixing.cutmix", 1, "--samples", 16],
+                 ["--mixing.cutmix", 1, "--augment.crop.size", 8]):  # fmt: skip
+        dispatch([str(arg) for arg in (*plan, *argv)])
