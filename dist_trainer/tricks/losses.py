@@ -46,9 +46,9 @@ class CrossEntropy:
 class BinaryCrossEntropy:
     """Sigmoid cross-entropy of every class, per sample their mean or sum (Wightman et al. 2021, section 2, and timm's).
 
-    The mean's gradient is smaller than cross_entropy's by a factor of the order of K. LAMB and Adam undo that; for sgd
-    choose the sum or a larger rate. With a threshold, a class that makes up more than this of a mixed sample is wholly
-    in it.
+    The mean's gradient is far smaller than cross_entropy's: for 1,000 classes 63 times with equal logits, and about K
+    times once the classes that are not there are known. LAMB and Adam undo that; for sgd choose the sum or a larger
+    rate. With a threshold, a class that makes up more than this of a mixed sample is wholly in it.
     """
 
     label_smoothing: float = 0.0
