@@ -22,7 +22,8 @@ from dist_trainer.data.batch import Batch
 from dist_trainer.inference import Inference, Preprocess
 from dist_trainer.keyed import FORWARD, key
 from dist_trainer.plan import Plan
-from dist_trainer.tricks.losses import Loss
+from dist_trainer.tricks.losses import Loss, weighted_sum
+from dist_trainer.tricks.mixing import Mixing
 
 State = dict[str, torch.Tensor]
 
@@ -55,6 +56,7 @@ class Engine(Inference):
         self,
         model: nn.Module,
         loss: Loss,
+        mixing: Mixing,
         config: EngineConfig,
         plan: Plan,
         world: World,
@@ -64,7 +66,7 @@ class Engine(Inference):
         super().__init__(model.to(world.device), config.precision, preprocess, world)
         self.plan, self.config = plan, config
         self.grad_norm: torch.Tensor = torch.zeros(())
-        self._loss, self._seed = loss, seed
+        self._loss, self._mixing, self._seed = loss, mixing, seed
         self._generator: torch.Generator = (
             torch.cuda.default_generators[world.local_rank] if self._device.type == "cuda" else torch.default_generator
         )
@@ -107,10 +109,11 @@ class Engine(Inference):
         address: Any = batch.address
         # Dropout and the like draw the same numbers for a slot on whichever rank it runs.
         self._generator.manual_seed(key(FORWARD, self._seed, address.step, address.slot))
-        logits = self._forward(self._prepare(batch.images)).float()
+        mix = self._mixing.draw(address.step, address.slot, batch.images.shape)
+        logits = self._forward(mix.images(self._prepare(batch.images))).float()
         labels = batch.labels.to(self._device, non_blocking=True)
         weight = batch.weight.to(self._device, non_blocking=True)
-        total = torch.dot(self._loss(logits, labels), weight)
+        total = weighted_sum(self._loss, logits, labels, weight, mix)
         self._backward(total * (self.world.size / self.plan.num_valid(address.step)))
         self._micro_step += 1
         return total.detach()

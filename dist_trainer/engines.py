@@ -11,6 +11,7 @@ from dist_trainer.inference import Preprocess
 from dist_trainer.plan import Plan
 from dist_trainer.torch_engine import TorchEngine
 from dist_trainer.tricks.losses import Loss
+from dist_trainer.tricks.mixing import Mixing
 
 
 def build_engine(
@@ -18,6 +19,7 @@ def build_engine(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loss: Loss,
+    mixing: Mixing,
     plan: Plan,
     world: World,
     preprocess: Preprocess,
@@ -29,4 +31,4 @@ def build_engine(
     if config.backend == "torch" and config.zero:
         raise UserError(f"engine.zero: {config.zero} needs engine.backend: deepspeed; torch's DDP is stage 0")
     backend = TorchEngine if config.backend == "torch" else ZeroEngine if config.zero else ZeroStage0
-    return backend(model, optimizer, loss, config, plan, world, preprocess, seed)
+    return backend(model, optimizer, loss, mixing, config, plan, world, preprocess, seed)

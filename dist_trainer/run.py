@@ -125,7 +125,15 @@ def start_run(
         checkpoint.load_into(parts.model, checkpoint.load_tensors(Path(resumed_from), "model"), resumed_from)
     preprocess = Preprocess(mean=config.data.mean, std=config.data.std, channels_last=config.model.channels_last)
     engine = build_engine(
-        config.engine, parts.model, parts.optimizer, parts.loss, parts.plan, world, preprocess, config.run.seed
+        config.engine,
+        parts.model,
+        parts.optimizer,
+        parts.loss,
+        parts.mixing,
+        parts.plan,
+        world,
+        preprocess,
+        config.run.seed,
     )
     facts = {
         "fingerprint": train_index.fingerprint,
