@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from dist_trainer.advice import num_parameters, warnings
 from dist_trainer.comm import devices
 from dist_trainer.config import TrainConfig
 from dist_trainer.data.index import ShardIndex
@@ -25,7 +26,7 @@ def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: i
     plan, rate = parts.plan, parts.learning_rate
     return {
         "world": plan.world,
-        "parameters": sum(p.numel() for p in parts.model.parameters()),
+        "parameters": num_parameters(parts.model),
         "global_batch": plan.global_batch,
         "micro_batch": plan.micro_batch,
         "micro_batches_per_step": plan.num_slots,
@@ -41,16 +42,17 @@ def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: i
         "lr_first": rate(0),
         "lr_peak": rate.peak,
         "lr_last": rate(plan.total_steps - 1),
+        "warnings": warnings(config, parts, 0 if num_samples else num_classes),
     }
 
 
 def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
     """(the table as a person reads it, warnings)."""
     f = figures
-    warnings = []
+    lines = list(f["warnings"])
     if f["efficiency"] < 0.9:
         better = max(w for w in f["full_worlds"] if w <= f["world"])
-        warnings.append(
+        lines.append(
             f"{f['world']} ranks share {f['micro_batches_per_step']} micro-batches unevenly: "
             f"{1 - f['efficiency']:.0%} of the forwards do not count; {better} ranks divide them"
         )
@@ -65,4 +67,4 @@ def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         "learning rate": f"{f['lr_first']:g} at step 0, {f['lr_peak']:g} after {f['warmup_steps']:,} steps of warm-up, "
         f"{f['lr_last']:.3g} at the last",
     }
-    return rows, warnings
+    return rows, lines

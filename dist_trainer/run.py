@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from dist_trainer import checkpoint
+from dist_trainer.advice import keys_to_turn, warnings
 from dist_trainer.average import Averaging
 from dist_trainer.comm import StopRequest, World, on_main
 from dist_trainer.config import TrainConfig
@@ -26,6 +27,7 @@ from dist_trainer.run_data import mended_samples, open_data, open_streams, prepa
 from dist_trainer.run_folder import RunFolder, auto_name, git_revision, identity
 from dist_trainer.step_sums import StepSums
 from dist_trainer.tricks.batch_norm import RunningStatistics
+from dist_trainer.tricks.diagnosis import diagnose
 from dist_trainer.tricks.ema import Ema, EmaConfig
 from dist_trainer.tricks.learning_rate import LearningRate
 from dist_trainer.weights import Weights
@@ -111,7 +113,7 @@ def start_run(
     # Whatever can be wrong with the config shows before the folder is touched.
     parts = build_parts(config, train_index, train_index.num_classes, world.size)
     streams = open_streams(config, parts.plan, train_index, val_index, world)
-    for note in streams.notes:
+    for note in [*streams.notes, *(f"warning: {line}" for line in warnings(config, parts, train_index.num_classes))]:
         terminal.say(note)
     resumed_from = _claim(folder, config, what, world, terminal)
     if resumed_from == "complete":
@@ -247,6 +249,7 @@ def finish_run(run: Run, stopped_by: str | None) -> dict[str, Any]:
         "skipped": run.progress.skipped,
         "final": run.progress.last,
         "best": run.progress.best,
+        "diagnosis": _diagnosis(run),
         "seconds": {"all": seconds, **run.seconds, "train": seconds - sum(run.seconds.values())},
         "world": run.world.size,
         "git": git_revision() if run.world.is_main else None,
@@ -263,6 +266,17 @@ def finish_run(run: Run, stopped_by: str | None) -> dict[str, Any]:
     return summary
 
 
+def _diagnosis(run: Run) -> dict[str, Any] | None:
+    """Of the last evaluation, where training samples were scored and were enough to tell."""
+    if run.train_eval is None or not run.progress.train_eval:
+        return None
+    train, val = run.progress.train_eval["top1"], run.progress.last["model"]["top1"]
+    verdict = diagnose(train, val, run.train_eval.num_samples, run.val.num_samples)
+    if verdict is None:
+        return None
+    return {"verdict": verdict, "train_top1": train, "val_top1": val, "turn": keys_to_turn(run.config, verdict)}
+
+
 def _accuracy(values: dict[str, float]) -> str:
     return f"top-1 {values['top1']:.2%}  top-5 {values['top5']:.2%}  loss {values['loss']:.4f}"
 
@@ -276,6 +290,11 @@ def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
         if "average" in summary["final"] and not best["weights"].startswith("average"):
             rows["average"] = "does not help here"
         rows["best"] = f"{_accuracy(best)} at step {best['step']} ({SCORES[best['weights']][1]})"
+    if found := summary.get("diagnosis"):
+        seen = f"{found['train_top1']:.2%} on training samples, {found['val_top1']:.2%} in validation"
+        rows["diagnosis"] = f"{found['verdict']}: top-1 {seen}"
+        if found["turn"]:
+            rows["keys to turn"] = "\n".join(found["turn"])
     seconds = summary["seconds"]
     rows["steps"] = f"{summary['steps']} ({summary['epochs']:g} epochs, {summary['skipped']} skipped)"
     rows["time"] = (

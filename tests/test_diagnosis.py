@@ -1,5 +1,6 @@
-"""What accuracy on training samples says, and that these are the samples and pixels that it claims."""
+"""What accuracy on training samples says, of which samples; and what is said of keys, before a run and after it."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,18 @@ import pytest
 import torch
 from helpers import index_of, sample_members, write_tar
 
+from dist_trainer.advice import keys_to_turn, warnings
+from dist_trainer.arguments import new_parser, parse_config
 from dist_trainer.comm import World
+from dist_trainer.config import TrainConfig
 from dist_trainer.data.augment import CenterCrop
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.samples import drawn
 from dist_trainer.data.stream import EvalStream
+from dist_trainer.parts import build_parts
 from dist_trainer.tricks.diagnosis import diagnose
+
+sys.path.insert(0, str(Path(__file__).parent / "ranks"))  # tiny:SmoothNet
 
 
 @pytest.mark.parametrize(
@@ -64,3 +71,71 @@ def test_the_slice_is_each_chosen_sample_once_as_evaluation_sees_it(tmp_path: Pa
                 assert batch.labels[place] == index.samples["label"][batch.ids[place]]
     assert sorted(seen) == sorted(chosen.tolist())
     assert seen != sorted(seen)
+
+
+def config_of(*argv: str) -> TrainConfig:
+    words = ["--data.train=t", "--data.val=v", "--lr.base=0.1", "--model.name=tiny:SmoothNet", *argv]
+    return parse_config(new_parser("train", ""), words)[0]
+
+
+def said(*argv: str, num_classes: int = 1000) -> list[str]:
+    config = config_of("--duration=5000step", "--batch.global_batch=64", *argv)
+    return [line.partition(":")[0] for line in warnings(config, build_parts(config, 6400, num_classes, 1), num_classes)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "key"),
+    [
+        (["--ema.decay=0.9999"], "ema.decay"),
+        (["--mixing.mixup=0.2", "--loss.name=tiny:Scaled", "--loss.args={factor: 2.0}"], "loss.name"),
+        (["--loss.name=bce"], "loss.name"),
+        (
+            ["--loss.name=bce", "--loss.args={target_threshold: 0.2, sum_classes: true}", "--loss.label_smoothing=0.1"],
+            "loss.args.target_threshold",
+        ),
+        (["--loss.label_smoothing=0.1"], "loss.label_smoothing"),
+        (["--optimizer.weight_decay=1e-4"], "optimizer.weight_decay"),
+        (["--augment.crop={size: 28}"], "augment.crop.scale"),
+    ],
+)
+def test_keys_that_work_against_each_other_are_named(argv: list[str], key: str) -> None:
+    """Each alone brings its line. Fails when a rule never fires, or a quiet config is warned."""
+    assert key in said(*argv)
+    assert said() == []
+
+
+def test_what_fits_is_not_warned_of() -> None:
+    """The same keys where they are right. Fails when a rule looks at one key only."""
+    assert said("--ema.decay=0.9999", "--ema.ramp=threshold") == []
+    assert said("--ema.decay=0.999") == []
+    assert said("--mixing.mixup=0.2") == []
+    assert said("--loss.name=bce", "--loss.args={sum_classes: true}") == []
+    small = ["--loss.label_smoothing=0.1", "--optimizer.weight_decay=1e-4", "--augment.crop={size: 28}"]
+    assert said(*small, num_classes=10) == []
+    assert said("--augment.crop={size: 28, scale: [0.2, 1.0]}", "--optimizer.weight_decay=3e-5") == []
+
+
+def test_keys_to_turn_are_those_that_are_not_turned_yet() -> None:
+    """The seed's directions: against overfitting more of each, against underfitting less."""
+    free = config_of("--optimizer.weight_decay=1e-4", "--augment.crop={size: 28, scale: [0.2, 1.0]}")
+    assert keys_to_turn(free, "overfitting") == [
+        "optimizer.weight_decay: 0.0001 -> 0.0002",
+        "loss.label_smoothing: 0 -> 0.1",
+        "mixing.mixup: 0 -> 0.2",
+        "augment.crop.scale: from 0.2 -> from 0.08",
+    ]
+    assert keys_to_turn(free, "underfitting") == [
+        "optimizer.weight_decay: 0.0001 -> 3e-05",
+        "or a larger network, or a longer run",
+    ]
+    tied = config_of(
+        "--loss.label_smoothing=0.1", "--mixing.mixup=0.2", "--mixing.cutmix=1", "--augment.crop={size: 28}"
+    )
+    assert keys_to_turn(tied, "overfitting") == ["optimizer.weight_decay: 0 -> 0.0001"]
+    assert keys_to_turn(tied, "underfitting")[:-1] == [
+        "loss.label_smoothing: 0.1 -> 0",
+        "mixing.mixup: 0.2 -> 0",
+        "mixing.cutmix: 1 -> 0",
+        "augment.crop.scale: from 0.08 -> from 0.2",
+    ]
+    assert keys_to_turn(free, "healthy") == []
