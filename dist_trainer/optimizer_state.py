@@ -104,11 +104,18 @@ def check_names(model: nn.Module, state: State) -> None:
 def check_element_wise(
     optimizer: torch.optim.Optimizer, parts: list[torch.Tensor], built: list[dict[str, Any]], zero: int
 ) -> None:
-    """Raises UserError for state of flat `parts` of weights that belongs to no single weight: it would be wrong."""
+    """Raises UserError for state of flat `parts` of weights that belongs to no single weight: it would be wrong.
+
+    Sees state in the groups, state of another shape, and single numbers that are not the same for all parts.
+    """
     whose = type(optimizer).__name__
     states = [(part, encode(optimizer.state.get(part, {}), whose)) for part in parts]
-    shaped = any(value.dim() and value.shape != part.shape for part, state in states for value in state.values())
-    if shaped or any(changed(optimizer, built)):
+    first = states[0][1]
+    if any(changed(optimizer, built)) or any(
+        value.shape != part.shape if value.dim() else bool(value != first[key])
+        for part, state in states
+        for key, value in state.items()
+    ):
         raise UserError(
             f"engine.zero: {zero} cuts weights into flat pieces, and {whose} keeps state that is not one value per "
             "weight; set engine.zero: 0"
