@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_trainer.engine import Engine, EngineConfig, State
+from dist_trainer.optimizer_state import check_element_wise, settings
 from dist_trainer.plan import Plan
 from dist_trainer.torch_engine import TorchEngine
 
@@ -80,6 +81,7 @@ class ZeroEngine(Engine):
         super().__init__(model, *args, **kwargs)
         self._engine = _initialize_deepspeed(model, optimizer, self.config, self.plan, self._device)
         self.optimizer = self._engine.optimizer
+        self._built = settings(self.optimizer)
         for buffer in self.module.buffers():  # DeepSpeed broadcasts parameters only
             dist.broadcast(buffer, 0)
         self._coalesce: contextlib.ExitStack | None = None
@@ -149,6 +151,13 @@ class ZeroEngine(Engine):
         from dist_trainer.zero_state import set_optimizer_state
 
         set_optimizer_state(self._engine, self.config.zero, state, self.world.rank)
+
+    def _check_state(self) -> None:
+        from dist_trainer.zero_state import base_optimizer, partitions
+
+        check_element_wise(
+            base_optimizer(self._engine), partitions(self._engine, self.config.zero), self._built, self.config.zero
+        )
 
     def close(self) -> None:
         self._engine.destroy()

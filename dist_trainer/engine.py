@@ -19,6 +19,7 @@ from torch import nn
 
 from dist_trainer.comm import World
 from dist_trainer.data.batch import Batch
+from dist_trainer.errors import UserError
 from dist_trainer.inference import Inference, Preprocess
 from dist_trainer.keyed import FORWARD, key
 from dist_trainer.plan import Plan
@@ -43,10 +44,17 @@ class EngineConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 computes under autocast; weights, their gradients' sums and batch-norm stay float32 in both."""
     clip_grad_norm: float | None = None
-    """Largest gradient norm; null does not clip."""
+    """Largest norm of the whole gradient, to which longer ones are scaled down; null does not clip."""
     not_finite: Literal["skip", "stop", "roll_back"] = "skip"
     """A gradient with NaN or infinity is never applied. Then: skip the step; stop the run; or go back to the weights of
     the last checkpoint and on past all samples since."""
+
+    def check(self) -> None:
+        """Raises UserError for values that make no engine."""
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise UserError(f"engine.clip_grad_norm: {self.clip_grad_norm} is not positive; null does not clip")
+        if self.backend == "torch" and self.zero:
+            raise UserError(f"engine.zero: {self.zero} needs engine.backend: deepspeed; torch's DDP is stage 0")
 
 
 class Engine(Inference):
@@ -71,6 +79,7 @@ class Engine(Inference):
             torch.cuda.default_generators[world.local_rank] if self._device.type == "cuda" else torch.default_generator
         )
         self._micro_step = 0
+        self._has_updated = False
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
     # What a backend provides
@@ -92,14 +101,22 @@ class Engine(Inference):
         raise NotImplementedError
 
     def load_optimizer_state(self, state: State) -> None:
-        """Undo `optimizer_state`, before the first step, whatever stage and world it came from."""
+        """Undo `optimizer_state`, before the first step, whatever stage and world it came from.
+
+        Raises UserError when other parameters are trained now.
+        """
+        raise NotImplementedError
+
+    def _check_state(self) -> None:
+        """Raises UserError, after the first update, for an optimizer whose state no checkpoint could hold."""
         raise NotImplementedError
 
     # What the loop calls
 
     def set_lr(self, rate: float) -> None:
+        """Of every group, times its `lr_scale` where layers differ."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
 
     def forward_backward(self, batch: Batch) -> torch.Tensor:
         """One micro-batch: its gradient is added to the step's. Returns the weighted sum of losses (detached scalar).
@@ -126,7 +143,11 @@ class Engine(Inference):
         """Update the weights. False, on every rank alike, when the gradient was not finite: nothing changed then."""
         assert self._micro_step == self.plan.forwards, "a step is plan.forwards micro-batches"
         self._micro_step = 0
-        return self._update()
+        applied = self._update()
+        if applied and not self._has_updated:
+            self._check_state()
+            self._has_updated = True
+        return applied
 
     def _clip_and_update(self) -> bool:
         """For whole gradients, equal on all ranks: the one host read of a step, without a collective."""

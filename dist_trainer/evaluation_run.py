@@ -12,6 +12,7 @@ from dist_trainer.inference import Inference, Preprocess
 from dist_trainer.log.console import Terminal
 from dist_trainer.models import build_model
 from dist_trainer.run_data import open_data, prepare_data
+from dist_trainer.tricks.freezing import freeze
 
 
 class Evaluation:
@@ -25,6 +26,7 @@ class Evaluation:
         self.train_index: ShardIndex
         self.train_index, val_index = open_data(config, place)
         model = build_model(config.model, self.train_index.num_classes, config.run.seed)
+        freeze(model, config.model.freeze)  # batch-norm is re-estimated where training moved it
         preprocess = Preprocess(mean=config.data.mean, std=config.data.std, channels_last=config.model.channels_last)
         self.inference = Inference(model.to(world.device), config.engine.precision, preprocess, world)
         model.to(memory_format=preprocess.memory_format)

@@ -23,6 +23,9 @@ class ModelConfig(Named):
     """Passed to the model; num_classes comes from the training set unless it stands here."""
     channels_last: bool = True
     """Memory layout of images and, at ZeRO 0, of weights."""
+    freeze: list[str] = field(default_factory=list)
+    """Submodules or parameters that are not trained, by name: [conv1, bn1, layer1] of a ResNet. Their batch-norm layers
+    keep their running statistics and normalise with them."""
 
 
 class PreActBlock(nn.Module):

@@ -14,6 +14,7 @@ from dist_trainer.models import build_model
 from dist_trainer.plan import Duration, Plan
 from dist_trainer.run_data import plan_of
 from dist_trainer.tricks.averaging import chosen_metric
+from dist_trainer.tricks.freezing import freeze
 from dist_trainer.tricks.learning_rate import LearningRate
 from dist_trainer.tricks.losses import Loss, build_loss
 from dist_trainer.tricks.mixing import Mixing
@@ -71,13 +72,16 @@ def build_parts(config: TrainConfig, train: ShardIndex | int, num_classes: int, 
     plan = plan_of(config, train, world)
     Augment(config.augment, config.run.seed)
     center_crop(config.eval)
+    config.engine.check()
+    rate = LearningRate(config.lr, plan)
     model = build_model(config.model, num_classes, config.run.seed)
+    freeze(model, config.model.freeze)
     return Parts(
         plan=plan,
         every=Every.of(config),
-        learning_rate=LearningRate(config.lr, plan),
+        learning_rate=rate,
         model=model,
-        optimizer=build_optimizer(config.optimizer, model),
+        optimizer=build_optimizer(config.optimizer, model, rate.peak, config.engine.zero),
         loss=build_loss(config.loss),
         mixing=Mixing(config.mixing, plan, config.run.seed, side_of(config, train)),
         ema_start=check_weights(config, plan),

@@ -41,6 +41,11 @@ class Duration:
             raise UserError(f"{name}: {text!r} is not a duration; write for instance 90ep, 500step, 128000sample or 5%")
         return cls(float(match[1]), match[2])
 
+    @staticmethod
+    def is_one(text: str) -> bool:
+        """Whether `parse` takes it."""
+        return _DURATION.fullmatch(text) is not None
+
 
 def divisors(number: int) -> list[int]:
     """All divisors of `number`, ascending."""

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dist_trainer.engine import Engine, State
+from dist_trainer.optimizer_state import get_state, set_state, settings
 
 
 class TorchEngine(Engine):
@@ -15,6 +16,7 @@ class TorchEngine(Engine):
         super().__init__(model, *args, **kwargs)
         self.optimizer = optimizer
         self._prepare_update()
+        self._built = settings(optimizer)
         model.to(memory_format=self._format)
         self._ddp = nn.parallel.DistributedDataParallel(
             model,
@@ -47,18 +49,10 @@ class TorchEngine(Engine):
         return applied
 
     def optimizer_state(self) -> State:
-        return {
-            f"{key}/{name}": value.detach()
-            for name, parameter in self.module.named_parameters()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-            if isinstance(value, torch.Tensor)
-        }
+        return get_state(self.optimizer, self.module, self._built)
 
     def load_optimizer_state(self, state: State) -> None:
-        parameters = dict(self.module.named_parameters())
-        for full_name, value in state.items():
-            key, name = full_name.split("/", 1)
-            parameter = parameters[name]
-            self.optimizer.state[parameter][key] = (
-                torch.empty_like(parameter).copy_(value) if value.dim() else value.clone()
-            )
+        set_state(self.optimizer, self.module, state)
+
+    def _check_state(self) -> None:
+        self.optimizer_state()

@@ -16,6 +16,8 @@ from deepspeed.utils import (
 )
 from torch import nn
 
+from dist_trainer.optimizer_state import check_names, decode, encode
+
 State = dict[str, torch.Tensor]
 
 
@@ -36,8 +38,15 @@ def _relink(optimizer: Any, stage: int) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _partitions(optimizer: Any, stage: int) -> list[torch.Tensor]:
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The user's, whose parameters are the flat partitions."""
+    base: torch.optim.Optimizer = engine.optimizer.optimizer
+    return base
+
+
+def partitions(engine: Any, stage: int) -> list[torch.Tensor]:
     """This rank's flat float32 partitions, one or more per parameter group: the base optimizer's parameters."""
+    optimizer = engine.optimizer
     parts: list[torch.Tensor] = (
         optimizer.single_partition_of_fp32_groups if stage < 3 else optimizer.fp32_partitioned_groups_flat
     )
@@ -77,41 +86,41 @@ def pieces_rewritten(engine: Any) -> Iterator[None]:
     engine.optimizer.checkpoint_event_epilogue()
 
 
+def _trained(engine: Any) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+
+
 def get_optimizer_state(engine: Any, stage: int) -> State:
     """{"momentum_buffer/conv.weight": tensor, ...}, whole, on every rank (collective). Empty before the first step."""
-    base = engine.optimizer.optimizer
-    parts = _partitions(engine.optimizer, stage)
-    first = base.state.get(parts[0], {})
-    tensors = {k: v for k, v in first.items() if isinstance(v, torch.Tensor)}
+    base, parts = base_optimizer(engine), partitions(engine, stage)
+    values = encode(base.state.get(parts[0], {}), type(base).__name__)
     _relink(engine.optimizer, stage)
     state: State = {}
-    for name, parameter in engine.module.named_parameters():
-        for key, value in tensors.items():
-            if value.numel() == parts[0].numel() and value.dim():
+    for name, parameter in _trained(engine).items():
+        for key, value in values.items():
+            if value.dim():
                 whole = safe_get_full_optimizer_state(parameter, key)
                 state[f"{key}/{name}"] = whole.detach().reshape(getattr(parameter, "ds_shape", parameter.shape))
             else:  # a step counter, equal for all
-                state[f"{key}/{name}"] = value.detach()
+                state[f"{key}/{name}"] = value
     return state
 
 
 def set_optimizer_state(engine: Any, stage: int, state: State, rank: int) -> None:
     """Undo `get_optimizer_state` in an engine that has not stepped, on any stage and world."""
-    if not state:
-        return
-    base = engine.optimizer.optimizer
-    parts = _partitions(engine.optimizer, stage)
-    parameters = dict(engine.module.named_parameters())
-    kinds: dict[str, torch.Tensor] = {}
+    check_names(engine.module, state)
+    base = base_optimizer(engine)
+    kinds: State = {}
     for full_name, value in state.items():
-        kinds.setdefault(full_name.split("/", 1)[0], value)
-    elementwise = [k for k, v in kinds.items() if v.dim()]
-    for part in parts:
-        for key, value in kinds.items():
-            base.state[part][key] = torch.zeros_like(part) if value.dim() else value.clone()
+        kinds.setdefault(full_name.partition("/")[0], value)
+    on_device = any(group.get("fused") or group.get("capturable") for group in base.param_groups)  # torch's own rule
+    for part in partitions(engine, stage):
+        for kind, value in kinds.items():
+            key, counter = decode(kind, value.to(part.device) if on_device else value.clone())
+            base.state[part][key] = torch.zeros_like(part) if value.dim() else counter
     _relink(engine.optimizer, stage)
-    for name, parameter in parameters.items():
-        for key in elementwise:
+    for name, parameter in _trained(engine).items():
+        for key in (key for key, value in kinds.items() if value.dim()):
             value = state[f"{key}/{name}"].to(parameter.device)
             if stage < 3:
                 safe_set_full_optimizer_state(parameter, value, key)

@@ -15,7 +15,16 @@ FLOORS = [
     [{"data/"}, {"tricks/"}, {"models"}, {"log/"}],
     [{"shards/"}],
     [
-        {"inference", "engine", "torch_engine", "deepspeed_engine", "engines", "zero_state", "weights"}
+        {
+            "inference",
+            "optimizer_state",
+            "engine",
+            "torch_engine",
+            "deepspeed_engine",
+            "engines",
+            "zero_state",
+            "weights",
+        }
         | {"checkpoint", "snapshots", "average", "evaluate", "step_sums"}
     ],
     [{"config", "run_folder"}],

@@ -14,8 +14,25 @@ from dist_trainer.errors import UserError
 BatchNorm = nn.modules.batchnorm._BatchNorm  # BatchNorm1d to 3d, SyncBatchNorm, timm's variants
 
 
+def keep_statistics(layer: BatchNorm) -> None:
+    """Have a layer normalise with the running statistics it has, from now on and in training too."""
+    layer.eval()
+    vars(layer).update(train=lambda mode=True: layer, keeps_statistics=True)  # model.train() passes it over
+
+
+def moving_layers(model: nn.Module) -> dict[str, BatchNorm]:
+    """By name, the batch-norm layers whose running statistics training moves: those that do not keep them."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, BatchNorm)
+        and layer.running_mean is not None
+        and not getattr(layer, "keeps_statistics", False)
+    }
+
+
 class RunningStatistics:
-    """The running mean and variance of every batch-norm layer of `model`, in one flat float32 tensor [2C].
+    """The running mean and variance of the `moving_layers` of `model`, in one flat float32 tensor [2C].
 
     Takes over the layers' buffers (they become views of one tensor, so that adding a micro-batch is one operation)
     and their momentum. Build it when the model stands on its device. Raises UserError for a layer with
@@ -23,14 +40,10 @@ class RunningStatistics:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        named = [
-            (name, layer)
-            for name, layer in model.named_modules()
-            if isinstance(layer, BatchNorm) and layer.running_mean is not None
-        ]
-        self._layers = [layer for _, layer in named]
-        self._names = [f"{name}.{kind}" for name, _ in named for kind in ("running_mean", "running_var")]
-        for name, layer in named:
+        named = moving_layers(model)
+        self._layers = list(named.values())
+        self._names = [f"{name}.{kind}" for name in named for kind in ("running_mean", "running_var")]
+        for name, layer in named.items():
             if layer.momentum is None:
                 raise UserError(f"model: batch-norm layer {name!r} has momentum None; give it a number, usually 0.1")
         buffers = [b for layer in self._layers for b in (layer.running_mean, layer.running_var) if b is not None]

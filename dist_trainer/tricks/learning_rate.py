@@ -1,13 +1,18 @@
 """The learning rate: a pure function of the step, so that a resumed run needs nothing but its step."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from dist_trainer.errors import UserError
 from dist_trainer.named import Named, check_args, resolve
 from dist_trainer.plan import Duration, Plan
+from dist_trainer.tricks.schedules import SCHEDULES
+
+_DURATIONS = ("milestones", "every")
+"""Of the built-in schedules: a bare 30 is refused, which some would mean as steps and others as epochs."""
+_FROM_START = ("piecewise", "exponential")
+"""What lr.count_from: auto counts from the start of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,27 +37,20 @@ class LearningRateConfig:
     """How `base` grows with global_batch / 256 (linear: Goyal et al. 2017, section 2.1)."""
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     schedule: Named = field(default_factory=lambda: Named(name="cosine"))
-    """cosine or constant, counted from the end of warm-up; or package.module:Name(t, total, **args) -> factor."""
-
-
-def constant(t: int, total: int) -> float:
-    """1 throughout."""
-    return 1.0
-
-
-def cosine(t: int, total: int, *, end: float = 0.0) -> float:
-    """From 1 at t=0 along a half cosine to `end` (a fraction of the peak) at t=total (Loshchilov 2017, eq. 5)."""
-    return end + (1.0 - end) * 0.5 * (1.0 + math.cos(math.pi * t / total))
-
-
-SCHEDULES: dict[str, Callable[..., float]] = {"constant": constant, "cosine": cosine}
+    """constant; cosine(end: 0); polynomial(power: 1, end: 0); piecewise(milestones: [30ep, 60ep, 80ep], gamma: 0.1);
+    exponential(gamma, every: 2ep, staircase: false); or package.module:Name(t, total, **args) -> factor of the peak.
+    `end` is a fraction of the peak. Durations in args are written as 30ep, 500step or 10%, and arrive as steps."""
+    count_from: Literal["auto", "start", "warmup"] = "auto"
+    """Where a schedule's epochs count from: the start of the run, warm-up included, or the end of warm-up. auto: start
+    for piecewise and exponential (Goyal et al. 2017: 30, 60 and 80 are epochs of the run), warmup for all others
+    (cosine and polynomial begin at the peak)."""
 
 
 class LearningRate:
     """`LearningRate(config, plan)(step)` is the rate of the update that step (0-based) makes."""
 
     def __init__(self, config: LearningRateConfig, plan: Plan) -> None:
-        """Raises UserError for rates or durations that cannot be."""
+        """Raises UserError for rates, durations or schedules that cannot be."""
         if (config.base is None) == (config.peak is None):
             both = "both are" if config.base is not None else "neither is"
             raise UserError(f"lr: give exactly one of lr.base and lr.peak; {both} set")
@@ -70,12 +68,41 @@ class LearningRate:
                 f"lr.warmup.duration: {config.warmup.duration} is {self.warmup} steps, "
                 f"but the whole run has {plan.total_steps}"
             )
-        self._total = plan.total_steps - self.warmup
-        self._args = config.schedule.args
-        self._schedule = resolve("lr.schedule.name", config.schedule.name, SCHEDULES, "schedule")
-        check_args("lr.schedule", config.schedule.name, self._schedule, self._args, 0, self._total)
+        name = config.schedule.name
+        counts_warmup = config.count_from == "start" or (config.count_from == "auto" and name in _FROM_START)
+        self._begin = 0 if counts_warmup else self.warmup
+        self._total = plan.total_steps - self._begin
+        self._name, self._schedule = name, resolve("lr.schedule.name", name, SCHEDULES, "schedule")
+        self._args = {
+            key: _in_steps(f"lr.schedule.args.{key}", value, plan, must=name in SCHEDULES and key in _DURATIONS)
+            for key, value in config.schedule.args.items()
+        }
+        check_args("lr.schedule", name, self._schedule, self._args, 0, self._total)
+        for step in (self.warmup, (self.warmup + plan.total_steps) // 2, plan.total_steps - 1):
+            try:
+                self(step)
+            except (TypeError, ValueError, ArithmeticError) as error:
+                raise UserError(f"lr.schedule.args: {name}: {error}") from None
+        if name == "piecewise" and self._begin < self.warmup and round(self._args["milestones"][0]) <= self.warmup:
+            raise UserError(
+                f"lr.schedule.args.milestones: {config.schedule.args['milestones'][0]} lies within the {self.warmup} "
+                "steps of warm-up; move it, shorten warm-up, or set lr.count_from: warmup"
+            )
 
     def __call__(self, step: int) -> float:
+        """Raises UserError when a schedule of the user's gives no rate."""
         if step < self.warmup:
             return self.start + (self.peak - self.start) * step / self.warmup
-        return self.peak * float(self._schedule(step - self.warmup, self._total, **self._args))
+        factor = float(self._schedule(step - self._begin, self._total, **self._args))
+        if not 0.0 <= factor < math.inf:
+            raise UserError(f"lr.schedule: {self._name} gives the factor {factor} at step {step}; it must be >= 0")
+        return self.peak * factor
+
+
+def _in_steps(key: str, value: Any, plan: Plan, *, must: bool) -> Any:
+    """An argument of a schedule, with the durations in it as steps (float, not rounded). `must`: it is nothing else."""
+    if isinstance(value, list):
+        return [_in_steps(key, each, plan, must=must) for each in value]
+    if must or (isinstance(value, str) and Duration.is_one(value)):
+        return plan.steps(Duration.parse(value, key))
+    return value

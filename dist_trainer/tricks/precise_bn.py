@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_trainer.errors import UserError
-from dist_trainer.tricks.batch_norm import BatchNorm
+from dist_trainer.tricks.batch_norm import BatchNorm, moving_layers
 
 T = TypeVar("T")
 State = dict[str, torch.Tensor]
@@ -53,7 +53,7 @@ def merge(parts: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def re_estimate(model: nn.Module, batches: Iterable[tuple[T, bool]], forward: Callable[[T], object]) -> State:
-    """Statistics of every batch-norm layer of `model` over all ranks' batches, to `copy_` into its buffers.
+    """Statistics of the `moving_layers` of `model` over all ranks' batches, to `copy_` into its buffers.
 
     `batches` are this rank's: (batch, whether it counts), equally many on every rank, since a forward may hold
     collectives (ZeRO 3, SyncBatchNorm); surplus ones run without counting. `forward(batch)` runs the model, whose
@@ -67,11 +67,7 @@ def re_estimate(model: nn.Module, batches: Iterable[tuple[T, bool]], forward: Ca
     of itself: 2e-6 at 1,000 standard deviations and 8,192 values.
     Raises UserError that names a layer with one value per channel, which has no variance.
     """
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, BatchNorm) and layer.running_mean is not None and layer.track_running_stats
-    }
+    layers = {name: layer for name, layer in moving_layers(model).items() if layer.track_running_stats}
     if not layers:
         return {}
     with _training_alone(model, list(layers.values())), _Pool(layers) as pool:

@@ -1,0 +1,122 @@
+"""What an optimizer remembers, as tensors by name, so that a checkpoint holds all of it, whatever it is kept as.
+
+`momentum_buffer/conv.weight` belongs to a parameter; `step:number/conv.weight` is kept as a Python number;
+`step@group/conv.weight` is kept in the parameter group that begins with conv.weight (timm's LAMB).
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_trainer.errors import UserError
+
+State = dict[str, torch.Tensor]
+
+_NUMBER, _GROUP = ":number", "@group"
+
+
+def encode(values: Mapping[str, Any], whose: str) -> State:
+    """Tensors as they are, numbers as 0-d int64 or float64. Raises UserError for what is neither."""
+    state: State = {}
+    for key, value in values.items():
+        if isinstance(value, torch.Tensor):
+            state[key] = value.detach()
+        elif isinstance(value, int | float):
+            dtype = torch.float64 if isinstance(value, float) else torch.int64
+            state[key + _NUMBER] = torch.tensor(value, dtype=dtype)
+        elif value is not None:
+            raise UserError(
+                f"optimizer.name: {whose} keeps {key!r} as a {type(value).__name__}, which no checkpoint could hold; "
+                "choose another optimizer"
+            )
+    return state
+
+
+def decode(key: str, value: torch.Tensor) -> tuple[str, Any]:
+    """Undo `encode` for one of its values."""
+    return (key.removesuffix(_NUMBER), value.item()) if key.endswith(_NUMBER) else (key, value)
+
+
+def settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What each parameter group holds beside its parameters and the rate, copied."""
+    return [
+        {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "lr")}
+        for group in optimizer.param_groups
+    ]
+
+
+def changed(optimizer: torch.optim.Optimizer, built: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What of the groups' settings is not as it was `built`, and so is state."""
+    return [
+        {key: value for key, value in now.items() if key not in before or before[key] != value}
+        for now, before in zip(settings(optimizer), built, strict=True)
+    ]
+
+
+def get_state(optimizer: torch.optim.Optimizer, model: nn.Module, built: list[dict[str, Any]]) -> State:
+    """All of it, of an optimizer over the parameters of `model` themselves. Raises UserError for what has no place."""
+    whose = type(optimizer).__name__
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    state: State = {}
+    for parameter, name in names.items():
+        values = encode(optimizer.state.get(parameter, {}), whose)
+        state |= {f"{key}/{name}": value for key, value in values.items()}
+    for group, values in zip(optimizer.param_groups, changed(optimizer, built), strict=True):
+        first = names[group["params"][0]]
+        state |= {f"{key}{_GROUP}/{first}": value for key, value in encode(values, whose).items()}
+    return state
+
+
+def set_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: State) -> None:
+    """Undo `get_state`: in the parameters' memory layout, and on the devices that torch chooses."""
+    check_names(model, state)
+    places: dict[str, dict[str, torch.Tensor]] = {}
+    for full_name, value in state.items():
+        key, _, name = full_name.partition("/")
+        places.setdefault(name, {})[key] = value
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    whole = optimizer.state_dict()
+    numbers = {p: n for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    for saved, group in zip(whole["param_groups"], optimizer.param_groups, strict=True):
+        for parameter in group["params"]:
+            own = whole["state"].setdefault(numbers[parameter], {})
+            for key, value in places.get(names[parameter], {}).items():
+                like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
+                short, restored = decode(key.removesuffix(_GROUP), like.copy_(value))
+                (saved if key.endswith(_GROUP) else own)[short] = restored
+    optimizer.load_state_dict(whole)
+
+
+def check_names(model: nn.Module, state: State) -> None:
+    """Raises UserError for the state of other parameters than those that are trained now."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    saved = {full_name.partition("/")[2] for full_name in state}
+    if state and saved != trained:
+        raise UserError(
+            f"model.freeze: the checkpoint's optimizer trained other parameters ({min(saved ^ trained)} is in one "
+            "alone); start another run from its weights"
+        )
+
+
+def check_element_wise(
+    optimizer: torch.optim.Optimizer, parts: list[torch.Tensor], built: list[dict[str, Any]], zero: int
+) -> None:
+    """Raises UserError for state of flat `parts` of weights that belongs to no single weight: it would be wrong.
+
+    Sees state in the groups, state of another shape, and single numbers that are not the same for all parts.
+    """
+    whose = type(optimizer).__name__
+    states = [(part, encode(optimizer.state.get(part, {}), whose)) for part in parts]
+    first = states[0][1]
+    if any(changed(optimizer, built)) or any(
+        value.shape != part.shape if value.dim() else bool(value != first[key])
+        for part, state in states
+        for key, value in state.items()
+    ):
+        raise UserError(
+            f"engine.zero: {zero} cuts weights into flat pieces, and {whose} keeps state that is not one value per "
+            "weight; set engine.zero: 0"
+        )

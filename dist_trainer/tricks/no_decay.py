@@ -1,0 +1,41 @@
+"""Which parameters weight decay is kept off: normalisation layers, biases, and what the model names by itself."""
+
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import nn
+
+NoDecay = Literal["norm", "bias", "model"]
+
+NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """torch's normalisation layers and what derives from them, or a layer that is called so (timm's RmsNorm)."""
+    if isinstance(module, NORM_LAYERS):
+        return True
+    name = type(module).__name__.lower()
+    # Parameters of its own: torchvision's Conv2dNormActivation only holds a norm.
+    return ("norm" in name or name == "inplaceabn") and any(True for _ in module.parameters(recurse=False))
+
+
+def without_decay(model: nn.Module, no_decay: Sequence[NoDecay]) -> set[str]:
+    """Names of the parameters without weight decay.
+
+    Told apart by the type of their module: a name test such as "bn" misses torchvision's `downsample.1`. A matrix
+    inside a class that is only called norm decays. `model`: those that its no_weight_decay() names or matches, as
+    timm's networks do for position embeddings and class tokens.
+    """
+    names = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            last = name.rpartition(".")[2]
+            in_norm = is_norm(module) and (isinstance(module, NORM_LAYERS) or parameter.dim() < 2)
+            is_bias = last == "bias" or last.endswith("_bias")  # in_proj_bias of attention
+            if ("norm" in no_decay and in_norm) or ("bias" in no_decay and is_bias):
+                names.add(name)
+    if "model" in no_decay and hasattr(model, "no_weight_decay"):
+        patterns: Collection[str] = model.no_weight_decay()  # type: ignore[operator]
+        names |= {name for name, _ in model.named_parameters() if any(fnmatchcase(name, each) for each in patterns)}
+    return names
