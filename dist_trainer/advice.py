@@ -48,7 +48,7 @@ def warnings(config: TrainConfig, parts: Parts, num_classes: int) -> list[str]:
             "(ResNet18: 70.98 without, 70.81 with 0.1)"
         )
     if num_classes >= MANY_CLASSES and size < VERY_SMALL:
-        if config.optimizer.weight_decay >= 1e-4:
+        if config.optimizer.name == "sgd" and config.optimizer.weight_decay >= 1e-4:
             lines.append(
                 f"optimizer.weight_decay: {config.optimizer.weight_decay:g} is much for a network this small "
                 "(MobileNetV1_x0_25: 50.41 with 1e-4, 51.45 with 3e-5)"
