@@ -19,9 +19,12 @@ from torch import nn
 
 from dist_trainer.comm import World
 from dist_trainer.data.batch import Batch
+from dist_trainer.errors import UserError
 from dist_trainer.inference import Inference, Preprocess
 from dist_trainer.keyed import FORWARD, key
 from dist_trainer.plan import Plan
+from dist_trainer.tricks.compiling import compile_training, uncompiled
+from dist_trainer.tricks.gradient_checkpointing import checkpoint_blocks
 from dist_trainer.tricks.losses import Loss
 
 State = dict[str, torch.Tensor]
@@ -43,6 +46,24 @@ class EngineConfig:
     """bf16 computes under autocast; weights, their gradients' sums and batch-norm stay float32 in both."""
     clip_grad_norm: float | None = None
     """Largest gradient norm; null does not clip."""
+    compile: bool = False
+    """torch.compile of the training forward and backward, at ZeRO 0 to 2: faster steps, the same up to rounding, after
+    some minutes of compilation. Evaluation runs uncompiled."""
+    gradient_checkpointing: bool = False
+    """Compute activations inside blocks again in backward instead of keeping them: less memory, about a third more
+    time, the same numbers."""
+
+    def check(self) -> None:
+        """Raises UserError for what does not go together."""
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise UserError(f"engine.clip_grad_norm: {self.clip_grad_norm} is not positive; null does not clip")
+        if self.backend == "torch" and self.zero:
+            raise UserError(f"engine.zero: {self.zero} needs engine.backend: deepspeed; torch's DDP is stage 0")
+        if self.compile and self.zero == 3:
+            raise UserError(
+                "engine.compile: gains nothing at engine.zero: 3, which gathers weights layer by layer and so cuts the "
+                "graph into pieces; take ZeRO 0 to 2, or set it to false"
+            )
 
 
 class Engine(Inference):
@@ -59,6 +80,10 @@ class Engine(Inference):
         seed: int,
     ) -> None:
         super().__init__(model.to(world.device), config.precision, preprocess, world)
+        if config.gradient_checkpointing:
+            checkpoint_blocks(model)
+        if config.compile:
+            compile_training(model, world.device)
         self.plan, self.config = plan, config
         self.grad_norm: torch.Tensor = torch.zeros(())
         self._loss, self._seed = loss, seed
@@ -111,6 +136,10 @@ class Engine(Inference):
         self._backward(total * (self.world.size / self.plan.num_valid(address.step)))
         self._micro_step += 1
         return total.detach()
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        with uncompiled() if self.config.compile else contextlib.nullcontext():
+            return super().logits(images)
 
     @property
     def _is_last(self) -> bool:

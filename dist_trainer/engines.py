@@ -6,7 +6,6 @@ from torch import nn
 from dist_trainer.comm import World
 from dist_trainer.deepspeed_engine import ZeroEngine, ZeroStage0
 from dist_trainer.engine import Engine, EngineConfig
-from dist_trainer.errors import UserError
 from dist_trainer.inference import Preprocess
 from dist_trainer.plan import Plan
 from dist_trainer.torch_engine import TorchEngine
@@ -23,10 +22,7 @@ def build_engine(
     preprocess: Preprocess,
     seed: int,
 ) -> Engine:
-    """The engine that `config` names."""
-    if config.clip_grad_norm is not None and not config.clip_grad_norm > 0:
-        raise UserError(f"engine.clip_grad_norm: {config.clip_grad_norm} is not positive; null does not clip")
-    if config.backend == "torch" and config.zero:
-        raise UserError(f"engine.zero: {config.zero} needs engine.backend: deepspeed; torch's DDP is stage 0")
+    """The engine that `config` names. Raises UserError for what does not go together."""
+    config.check()
     backend = TorchEngine if config.backend == "torch" else ZeroEngine if config.zero else ZeroStage0
     return backend(model, optimizer, loss, config, plan, world, preprocess, seed)

@@ -35,6 +35,9 @@ class RunConfig:
     """auto: the config's stem and 8 hex digits of all that changes the result, so that starting again goes on."""
     seed: int = 0
     """Of initial weights, order, augmentation and dropout."""
+    deterministic: bool = False
+    """The same bits each time on the same devices, with slower kernels; an operation that has none ends the run by
+    name. On CPUs runs are so anyway."""
     allow_change: list[str] = field(default_factory=list)
     """Keys that may differ from those the run folder was started with."""
 
@@ -49,10 +52,11 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# Not in the run's identity: where things are and how they are spread over machines.
+# Not in the run's identity: where things are, how they are spread over machines, how the same numbers are computed.
 _PLACEMENT = ("run.dir", "run.name", "run.allow_change", "wandb.", "checkpoint.", "log.", "data.train", "data.val",
               "data.workers", "data.cache.", "data.retry.", "data.storage_options", "data.max_bad", "eval.bad",
-              "engine.backend", "engine.zero")  # fmt: skip
+              "engine.backend", "engine.zero", "engine.compile", "engine.gradient_checkpointing",
+              "run.deterministic")  # fmt: skip
 
 
 def identity(config: dict[str, Any], fingerprint: str) -> dict[str, Any]:
