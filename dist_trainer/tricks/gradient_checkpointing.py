@@ -21,9 +21,10 @@ def checkpoint_blocks(model: nn.Module) -> None:
     A timm model by its own set_grad_checkpointing; elsewhere each member of the outermost nn.Sequential and
     nn.ModuleList. Raises UserError for a model without blocks.
     """
-    if hasattr(model, "set_grad_checkpointing"):
+    own: Any = getattr(model, "set_grad_checkpointing", None)
+    if own is not None:
         try:
-            model.set_grad_checkpointing(True)
+            own(True)
         except AssertionError:  # timm's way to say that there is none
             raise UserError(_refusal(model)) from None
         return
@@ -31,7 +32,7 @@ def checkpoint_blocks(model: nn.Module) -> None:
     if not found:
         raise UserError(_refusal(model))
     for block in found:
-        block.forward = partial(_checkpointed, block.forward)  # type: ignore[method-assign]
+        block.forward = partial(_checkpointed, block.forward)
 
 
 def _checkpointed(forward: Any, *args: Any) -> Any:
