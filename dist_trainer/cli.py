@@ -23,6 +23,7 @@ USAGE = """usage: dist-trainer COMMAND ...
   shards index URL... [--out NAME.dtx]      the index of tars that are there (a folder, a brace pattern; local or URLs)
   shards check LOCATION [--level decode]    hold shards against their index; lists bad samples
   ls, cp NAME TARGET                        the shipped configs and scripts
+  ls models                                 networks with a short name, and their parameters
 
 Several --config files merge left to right. --print_config shows the whole config, COMMAND --help every key.
 """
@@ -243,6 +244,14 @@ def _shipped() -> dict[str, Path]:
 
 
 def _ls(argv: list[str]) -> int:
+    if argv == ["models"]:
+        from dist_trainer.models.build import model_table
+
+        for name, source, parameters in model_table():
+            print(f"{name:<20} {parameters:>12,}  {source}")
+        return 0
+    if argv:
+        raise UserError(f"ls: {argv[0]!r}: there is `ls`, of the shipped configs and scripts, and `ls models`")
     for name, path in _shipped().items():
         first = next((line.lstrip("# ").strip() for line in path.read_text().splitlines() if line.startswith("# ")), "")
         print(f"{name:<28} {first}")

@@ -23,6 +23,8 @@ from dist_trainer.errors import UserError
 from dist_trainer.inference import Inference, Preprocess
 from dist_trainer.keyed import FORWARD, key
 from dist_trainer.plan import Plan
+from dist_trainer.tricks.compiling import compile_training, uncompiled
+from dist_trainer.tricks.gradient_checkpointing import checkpoint_blocks
 from dist_trainer.tricks.losses import Loss, weighted_sum
 from dist_trainer.tricks.mixing import Mixing
 
@@ -48,13 +50,24 @@ class EngineConfig:
     not_finite: Literal["skip", "stop", "roll_back"] = "skip"
     """A gradient with NaN or infinity is never applied. Then: skip the step; stop the run; or go back to the weights of
     the last checkpoint and on past all samples since."""
+    compile: bool = False
+    """torch.compile of the training forward and backward, at ZeRO 0 to 2: faster steps, the same up to rounding, after
+    some minutes of compilation. Evaluation runs uncompiled."""
+    gradient_checkpointing: bool = False
+    """Compute activations inside blocks again in backward instead of keeping them: less memory, about a third more
+    time, the same numbers."""
 
     def check(self) -> None:
-        """Raises UserError for values that make no engine."""
+        """Raises UserError for what does not go together."""
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise UserError(f"engine.clip_grad_norm: {self.clip_grad_norm} is not positive; null does not clip")
         if self.backend == "torch" and self.zero:
             raise UserError(f"engine.zero: {self.zero} needs engine.backend: deepspeed; torch's DDP is stage 0")
+        if self.compile and self.zero == 3:
+            raise UserError(
+                "engine.compile: gains nothing at engine.zero: 3, which gathers weights layer by layer and so cuts the "
+                "graph into pieces; take ZeRO 0 to 2, or set it to false"
+            )
 
 
 class Engine(Inference):
@@ -72,6 +85,10 @@ class Engine(Inference):
         seed: int,
     ) -> None:
         super().__init__(model.to(world.device), config.precision, preprocess, world)
+        if config.gradient_checkpointing:
+            checkpoint_blocks(model)
+        if config.compile:
+            compile_training(model, world.device)
         self.plan, self.config = plan, config
         self.grad_norm: torch.Tensor = torch.zeros(())
         self._loss, self._mixing, self._seed = loss, mixing, seed
@@ -134,6 +151,10 @@ class Engine(Inference):
         self._backward(total * (self.world.size / self.plan.num_valid(address.step)))
         self._micro_step += 1
         return total.detach()
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        with uncompiled() if self.config.compile else contextlib.nullcontext():
+            return super().logits(images)
 
     @property
     def _is_last(self) -> bool:

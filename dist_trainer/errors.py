@@ -20,3 +20,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest known word, or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of another library says, as far as it fits into a message of one line."""
+    return str(error).strip().partition("\n")[0]

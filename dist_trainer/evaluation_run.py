@@ -11,6 +11,7 @@ from dist_trainer.evaluate import EvalResult, center_crop, evaluate, report_bad
 from dist_trainer.inference import Inference, Preprocess
 from dist_trainer.log.console import Terminal
 from dist_trainer.models import build_model
+from dist_trainer.numerics import set_numerics
 from dist_trainer.run_data import open_data, prepare_data
 from dist_trainer.tricks.freezing import freeze
 
@@ -20,6 +21,7 @@ class Evaluation:
 
     def __init__(self, config: TrainConfig, world: World, terminal: Terminal) -> None:
         """Raises UserError for data that cannot be used (collective)."""
+        set_numerics(config.run.deterministic)
         place = on_main(world, lambda: prepare_data(config))
         for note in place["notes"]:
             terminal.say(note)

@@ -11,6 +11,7 @@ from dist_trainer.data.index import ShardIndex
 from dist_trainer.errors import UserError
 from dist_trainer.evaluate import center_crop
 from dist_trainer.models import build_model
+from dist_trainer.models.trial import try_images
 from dist_trainer.plan import Duration, Plan
 from dist_trainer.run_data import plan_of
 from dist_trainer.tricks.averaging import chosen_metric
@@ -19,6 +20,7 @@ from dist_trainer.tricks.learning_rate import LearningRate
 from dist_trainer.tricks.losses import Loss, build_loss
 from dist_trainer.tricks.mixing import Mixing
 from dist_trainer.tricks.optimizers import build_optimizer
+from dist_trainer.tricks.sync_bn import check_sync_bn
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,13 @@ def build_parts(config: TrainConfig, train: ShardIndex | int, num_classes: int, 
     Augment(config.augment, config.run.seed)
     center_crop(config.eval)
     config.engine.check()
+    if config.model.sync_bn:
+        check_sync_bn(plan)
     rate = LearningRate(config.lr, plan)
     model = build_model(config.model, num_classes, config.run.seed)
     freeze(model, config.model.freeze)
+    for size in image_sizes(config, train):
+        try_images(model, config.model.name, (config.data.channels, *size), num_classes)
     return Parts(
         plan=plan,
         every=Every.of(config),
@@ -97,6 +103,15 @@ def side_of(config: TrainConfig, train: ShardIndex | int) -> int | None:
     if isinstance(train, int):
         return None
     return min(int(train.samples[name].max()) for name in ("width", "height"))  # one size; 0 where it is not known
+
+
+def image_sizes(config: TrainConfig, train: ShardIndex | int) -> set[tuple[int, int]]:
+    """(height, width) of what the network sees in training and in evaluation, as far as that is known beforehand."""
+    squares = (config.eval.crop, Augment(config.augment, config.run.seed).size)
+    sizes = {(size, size) for size in squares if size is not None}
+    if isinstance(train, ShardIndex) and not (config.augment.crop or config.augment.transforms or config.data.stages):
+        sizes.add((int(train.samples["height"][0]), int(train.samples["width"][0])))
+    return sizes
 
 
 def check_weights(config: TrainConfig, plan: Plan) -> int:

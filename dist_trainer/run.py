@@ -21,6 +21,7 @@ from dist_trainer.inference import Preprocess
 from dist_trainer.log.console import Terminal
 from dist_trainer.log.meter import Meter
 from dist_trainer.log.tracker import SCORES, Tracker
+from dist_trainer.numerics import set_numerics
 from dist_trainer.parts import Every, build_parts
 from dist_trainer.plan import Plan
 from dist_trainer.run_data import mended_samples, open_data, open_streams, prepare_data
@@ -30,6 +31,7 @@ from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.diagnosis import diagnose
 from dist_trainer.tricks.ema import Ema, EmaConfig
 from dist_trainer.tricks.learning_rate import LearningRate
+from dist_trainer.tricks.sync_bn import check_same_world, synchronised
 from dist_trainer.weights import Weights
 
 
@@ -103,6 +105,7 @@ def start_run(
     With `past`, a step, it goes on behind that step, and those since the checkpoint count as skipped.
     Returns the folder alone when the run in it is complete. Raises UserError, on every rank, for the user's mistakes.
     """
+    set_numerics(config.run.deterministic)
     place = on_main(world, lambda: prepare_data(config))
     for note in place["notes"]:
         terminal.say(note)
@@ -112,6 +115,7 @@ def start_run(
     folder = RunFolder(Path(config.run.dir).expanduser() / name)
     # Whatever can be wrong with the config shows before the folder is touched.
     parts = build_parts(config, train_index, train_index.num_classes, world.size)
+    model = synchronised(parts.model, world.device) if config.model.sync_bn else parts.model
     streams = open_streams(config, parts.plan, train_index, val_index, world)
     for note in [*streams.notes, *(f"warning: {line}" for line in warnings(config, parts, train_index.num_classes))]:
         terminal.say(note)
@@ -122,13 +126,15 @@ def start_run(
     state: dict[str, Any] = {}
     if resumed_from:
         state = checkpoint.load_state(Path(resumed_from))
+        if config.model.sync_bn:
+            check_same_world(state["world"], world.size)
         if world.device.type == "cpu" and state["world"] == world.size:
             torch.set_num_threads(state["threads"])  # another number of threads adds floats in another order
-        checkpoint.load_into(parts.model, checkpoint.load_tensors(Path(resumed_from), "model"), resumed_from)
+        checkpoint.load_into(model, checkpoint.load_tensors(Path(resumed_from), "model"), resumed_from)
     preprocess = Preprocess(mean=config.data.mean, std=config.data.std, channels_last=config.model.channels_last)
     engine = build_engine(
         config.engine,
-        parts.model,
+        model,
         parts.optimizer,
         parts.loss,
         parts.mixing,

@@ -38,6 +38,9 @@ class RunConfig:
     for another one end a minute later."""
     seed: int = 0
     """Of initial weights, order, augmentation and dropout."""
+    deterministic: bool = False
+    """The same bits each time on the same devices, with slower kernels; an operation that has none ends the run by
+    name. On CPUs runs are so anyway."""
     allow_change: list[str] = field(default_factory=list)
     """Keys that may differ from those the run folder was started with."""
 
@@ -52,10 +55,11 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# Not in the run's identity: where things are and how they are spread over machines.
-_PLACEMENT = ("run.dir", "run.name", "run.allow_change", "run.timeout", "wandb.", "checkpoint.", "log.",
-              "data.train", "data.val", "data.workers", "data.cache.", "data.retry.", "data.storage_options",
-              "data.max_bad", "eval.bad", "engine.backend", "engine.zero")  # fmt: skip
+# Not in the run's identity: where things are, how they are spread over machines, how the same numbers are computed.
+_PLACEMENT = ("run.dir", "run.name", "run.allow_change", "run.timeout", "run.deterministic", "wandb.", "checkpoint.",
+              "log.", "data.train", "data.val", "data.workers", "data.cache.", "data.retry.", "data.storage_options",
+              "data.max_bad", "eval.bad", "engine.backend", "engine.zero", "engine.compile",
+              "engine.gradient_checkpointing")  # fmt: skip
 
 
 def identity(config: dict[str, Any], fingerprint: str) -> dict[str, Any]:

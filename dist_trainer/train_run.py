@@ -9,6 +9,7 @@ from dist_trainer.comm import StopRequest, World
 from dist_trainer.config import TrainConfig
 from dist_trainer.errors import LocalError, UserError
 from dist_trainer.log.console import Terminal
+from dist_trainer.numerics import naming_operations
 from dist_trainer.run import Run, finish_run, start_run
 from dist_trainer.run_folder import RunFolder
 from dist_trainer.train import RollBack, train
@@ -54,7 +55,8 @@ def train_run(config: TrainConfig, stem: str, world: World, terminal: Terminal) 
 def _train(run: Run) -> str | None:
     folder, world = run.folder.path / "stacks", run.world
     try:
-        with watched(run.config.run.timeout, world.rank, lambda: f"step {run.progress.step}", folder):
+        where = lambda: f"step {run.progress.step}"  # noqa: E731
+        with naming_operations(), watched(run.config.run.timeout, world.rank, where, folder):
             return train(run)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator: can't allocate" not in str(error):

@@ -1,7 +1,6 @@
 """Every optimizer in every engine on two ranks: the library's own updates, and state that moves between stages whole."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -1,0 +1,40 @@
+"""Which kernels torch may choose: the fast ones, or those that give the same bits each time."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+
+import torch
+
+from dist_trainer.errors import UserError
+
+
+def set_numerics(deterministic: bool) -> None:
+    """To be called before anything runs on a device.
+
+    cuDNN measures which algorithm is fastest for a shape, unless `deterministic`: then another run may choose another.
+    float32 is float32 in convolutions as in matrix products, not TensorFloat-32, which keeps 10 of 23 bits:
+    `engine.precision: bf16` is the fast one.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+
+
+@contextlib.contextmanager
+def naming_operations() -> Iterator[None]:
+    """Turns torch's refusal of an operation that has no deterministic kernel into a UserError that names it."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+        if not found:
+            raise
+        raise UserError(
+            f"run.deterministic: {found[1]} has no deterministic implementation on this device; "
+            "set it to false, or choose a model, loss or transform without it"
+        ) from None

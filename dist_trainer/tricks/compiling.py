@@ -1,0 +1,40 @@
+"""torch.compile of the training forward and its backward."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from dist_trainer.errors import UserError
+
+
+def compile_training(model: nn.Module, device: torch.device) -> None:
+    """Compile `model` in place, at its first call; parameters and buffers keep their names.
+
+    Each shape of images gets code of its own. Dropout draws what it draws without compilation, so that compiled and
+    not differ by rounding alone. Code is kept in TORCHINDUCTOR_CACHE_DIR (a folder per user in /tmp).
+    Raises UserError where a first small function cannot be compiled: no C++ compiler, as a rule.
+    """
+    try:
+        torch.compile(_small)(torch.ones(8, device=device))
+    except (RuntimeError, OSError) as error:  # those of torch.compile are RuntimeErrors
+        lines = [line for line in str(error).splitlines() if line and not line.startswith("backend=")]
+        raise UserError(
+            f"engine.compile: torch.compile does not work here: {lines[0] if lines else type(error).__name__}. "
+            "Install a C++ compiler (Debian: g++), or set it to false"
+        ) from None
+    model.compile(dynamic=False, options={"fallback_random": True})
+
+
+def _small(x: torch.Tensor) -> torch.Tensor:
+    return x.sin() + 1
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Inside, a compiled model runs as it was written.
+
+    Evaluation does: hooks that are set later (PreciseBN's) would be passed over, `eval` later scores the same bits,
+    and the last, smaller batch of a set would be compiled for itself.
+    """
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
