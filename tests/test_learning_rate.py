@@ -1,4 +1,4 @@
-"""The rate of every step, against numbers written by hand and torch's own schedule."""
+"""The rate of every step, against numbers written by hand and torch's and timm's own schedules."""
 
 import math
 import sys
@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import message
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+from torch.optim import lr_scheduler
 
 from dist_trainer.errors import UserError
 from dist_trainer.named import Named
@@ -82,6 +84,173 @@ def test_cosine_is_torchs_cosine_step_for_step(end: float) -> None:
         assert rate(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-12)
         optimizer.step()
         peer.step()
+
+
+def lr_of(peer: Any, optimizer: torch.optim.Optimizer, num_steps: int) -> list[float]:
+    """What one of torch's schedulers sets for every step."""
+    rates = []
+    for _ in range(num_steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        peer.step()
+    return rates
+
+
+TORCHS: dict[str, tuple[Named, Any]] = {
+    "piecewise": (
+        Named(name="piecewise", args={"milestones": ["6ep", "60step", "80%"], "gamma": 0.2}),
+        lambda o: lr_scheduler.MultiStepLR(o, [30, 60, 80], gamma=0.2),
+    ),
+    "polynomial": (
+        Named(name="polynomial", args={"power": 0.9}),
+        lambda o: lr_scheduler.PolynomialLR(o, total_iters=100, power=0.9),
+    ),
+    "linear, to an end": (
+        Named(name="polynomial", args={"end": 0.1}),
+        lambda o: lr_scheduler.LinearLR(o, 1.0, 0.1, total_iters=100),
+    ),
+    "exponential": (
+        Named(name="exponential", args={"gamma": 0.9, "every": "1step"}),
+        lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    ),
+    "exponential per two epochs, as stairs": (
+        Named(name="exponential", args={"gamma": 0.973, "every": "2ep", "staircase": True}),
+        lambda o: lr_scheduler.StepLR(o, 10, gamma=0.973),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_every_schedule_is_torchs_step_for_step(name: str) -> None:
+    """Over all 100 steps. Fails when a boundary is late by one, `end` is a rate, or the exponent counts epochs."""
+    schedule, peer = TORCHS[name]
+    rate = rate_of(warmup="0ep", schedule=schedule)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate.peak)
+    assert [rate(step) for step in range(100)] == pytest.approx(lr_of(peer(optimizer), optimizer, 100), rel=1e-9)
+
+
+TIMMS: dict[str, tuple[Named, str, Any]] = {
+    "cosine, counted from the start": (
+        Named(name="cosine", args={"end": 0.05}), "start",
+        lambda o: CosineLRScheduler(o, t_initial=100, lr_min=0.02, warmup_t=20, warmup_lr_init=0.1, t_in_epochs=False),
+    ),
+    "cosine, counted from the end of warm-up": (
+        Named(name="cosine"), "auto",
+        lambda o: CosineLRScheduler(
+            o, t_initial=80, warmup_t=20, warmup_lr_init=0.1, warmup_prefix=True, t_in_epochs=False
+        ),
+    ),
+    "polynomial": (
+        Named(name="polynomial", args={"power": 2.0}), "auto",
+        lambda o: PolyLRScheduler(
+            o, t_initial=80, power=2.0, warmup_t=20, warmup_lr_init=0.1, warmup_prefix=True, t_in_epochs=False
+        ),
+    ),
+    "stairs, counted from the start": (
+        Named(name="exponential", args={"gamma": 0.5, "every": "5ep", "staircase": True}), "auto",
+        lambda o: StepLRScheduler(
+            o, decay_t=25, decay_rate=0.5, warmup_t=20, warmup_lr_init=0.1, warmup_prefix=False, t_in_epochs=False
+        ),
+    ),
+    "stairs, counted from the end of warm-up": (
+        Named(name="exponential", args={"gamma": 0.5, "every": "5ep", "staircase": True}), "warmup",
+        lambda o: StepLRScheduler(o, decay_t=25, decay_rate=0.5, warmup_t=20, warmup_lr_init=0.1, t_in_epochs=False),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIMMS)
+def test_warm_up_and_schedule_are_timms_together(name: str) -> None:
+    """20 steps from 0.1 to 0.4, then the schedule, on either clock (timm's warmup_prefix). Fails when the rate jumps
+    one step early, the schedule is stretched, or `auto` takes the other clock."""
+    schedule, count_from, peer = TIMMS[name]
+    rate = rate_of(start="base", schedule=schedule, count_from=count_from)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate.peak)
+    scheduler = peer(optimizer)
+    for step in range(100):
+        scheduler.step_update(step)
+        assert rate(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-12), step
+
+
+def test_goyals_boundaries_are_epochs_of_the_run_and_paddles_slide() -> None:
+    """Batch 1,024, 20 epochs of 5 steps, warm-up 4 epochs, a tenth at epochs 8 and 16: 0.4, 0.04, 0.004.
+
+    From the start these are steps 40 and 80; from the end of warm-up, steps 60 and 100, so the last is refused.
+    """
+    goyal = rate_of(schedule=Named(name="piecewise", args={"milestones": ["8ep", "16ep"]}))
+    corners = {20: 0.4, 39: 0.4, 40: 0.04, 79: 0.04, 80: 0.004, 99: 0.004}
+    assert {step: goyal(step) for step in corners} == pytest.approx(corners)
+    paddle = rate_of(count_from="warmup", schedule=Named(name="piecewise", args={"milestones": ["8ep"]}))
+    assert [paddle(step) for step in (59, 60)] == pytest.approx([0.4, 0.04])
+    said = refused(count_from="warmup", schedule=Named(name="piecewise", args={"milestones": ["8ep", "16ep"]}))
+    assert said.startswith("lr.schedule.args: piecewise: milestones are steps 40, 80; they must ascend, between 0 and")
+    assert "80 steps" in said
+
+
+def test_the_last_steps_come_near_the_end_and_never_below() -> None:
+    """By hand: polynomial to 0.01 of 0.4, one step before its end. Exponential 0.5 per 10 steps, at 0, 5, 10, 99."""
+    line = rate_of(warmup="0ep", schedule=Named(name="polynomial", args={"end": 0.01}))
+    assert line(99) == pytest.approx(0.4 * (0.01 + 0.99 * 0.01))
+    falling = rate_of(warmup="0ep", schedule=Named(name="exponential", args={"gamma": 0.5, "every": "10step"}))
+    assert [falling(step) / 0.4 for step in (0, 5, 10, 99)] == pytest.approx([1, 0.5**0.5, 0.5, 0.5**9.9])
+
+
+def test_a_third_of_an_epoch_is_stairs_of_whole_steps() -> None:
+    """5 steps an epoch, stairs every 0.2 epoch: each step is one. Fails when 3 x 0.2 x 5 falls below 3."""
+    rate = rate_of(
+        warmup="0ep", schedule=Named(name="exponential", args={"gamma": 0.9, "every": "0.2ep", "staircase": True})
+    )
+    assert [rate(step) / 0.4 for step in range(30)] == pytest.approx([0.9**step for step in range(30)])
+
+
+def test_schedules_that_cannot_be_are_refused_by_key() -> None:
+    """Fails when a check is dropped: the rate would rise, never fall, or fall where nobody meant it."""
+
+    def said(name: str, **args: Any) -> str:
+        return refused(schedule=Named(name=name, args=args))
+
+    for milestones in (["8ep", "6ep"], ["8ep", "8ep"], ["30ep"], ["20ep"], ["0ep"]):
+        assert said("piecewise", milestones=milestones).startswith("lr.schedule.args: piecewise: milestones are steps ")
+    assert said("piecewise", milestones=[30, 60]).startswith("lr.schedule.args.milestones: 30 is not a duration")
+    assert "must be a list such as" in said("piecewise", milestones="8ep")
+    assert "must be a list such as" in said("piecewise", milestones=[])
+    assert "'milestones'" in said("piecewise", gamma=0.1)
+    assert said("piecewise", milestones=["3ep", "8ep"]).startswith(
+        "lr.schedule.args.milestones: 3ep lies within the 20"
+    )
+    for gamma in (0.0, -0.1, 1.5):
+        assert f"gamma {gamma} is not in (0, 1]" in said("piecewise", milestones=["8ep"], gamma=gamma)
+        assert f"gamma {gamma} is not in (0, 1]" in said("exponential", every="1ep", gamma=gamma)
+    assert said("exponential", gamma=0.9, every=2).startswith("lr.schedule.args.every: 2 is not a duration")
+    assert "must be positive" in said("exponential", gamma=0.9, every="0ep")
+    for end in (-0.1, 1.1):
+        assert f"end {end} is not in [0, 1]" in said("cosine", end=end)
+        assert f"end {end} is not in [0, 1]" in said("polynomial", end=end)
+    assert "power 0 is not positive" in said("polynomial", power=0)
+    assert said("cosine", end="low").startswith("lr.schedule.args: cosine: ")
+
+
+def test_a_schedule_of_the_users_gets_durations_as_steps_and_must_give_rates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`10%` and a list of durations arrive as numbers, other words as they are; a factor below 0 is refused, at once or
+    where it occurs. Fails when a user's schedule gets text where a built-in one gets steps."""
+    (tmp_path / "my_steps.py").write_text(
+        "def late(t, total, *, at, also=(), mode='', below=10**9):\n"
+        "    assert at == 10.0 and list(also) == [5.0, 7.0] and mode == 'hard'\n"
+        "    return -1.0 if t == below else 1.0 if t < at else 0.5\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    args = {"at": "10%", "also": ["1ep", "7168sample"], "mode": "hard"}
+    rate = rate_of(schedule=Named(name="my_steps:late", args=args))
+    assert [rate(step) for step in (29, 30)] == pytest.approx([0.4, 0.2])
+    assert "gives the factor -1.0 at step 20" in refused(
+        schedule=Named(name="my_steps:late", args={**args, "below": 0})
+    )
+    later = rate_of(schedule=Named(name="my_steps:late", args={**args, "below": 3}))
+    with pytest.raises(UserError, match="at step 23"):
+        later(23)
 
 
 def test_constant_stays() -> None:

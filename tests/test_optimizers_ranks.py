@@ -1,4 +1,4 @@
-"""Every optimizer in every engine on two ranks: the library's own updates, and state that moves between stages whole."""
+"""Every optimizer in every engine on two ranks: the library's own updates, and state that goes from stage to stage."""
 
 import json
 from typing import Any
@@ -75,8 +75,10 @@ def test_frozen_layers_are_averaged_held_and_saved_at_every_stage(result: dict[s
 
 
 def test_state_that_cannot_be_right_or_saved_ends_the_run_at_its_first_step(result: dict[str, dict[str, Any]]) -> None:
-    """A norm per tensor, kept in state, is fine at ZeRO 0 and none of its flat pieces' business above; a list fits no
-    checkpoint. Fails when a save finds out, an epoch later, or nobody does."""
+    """A norm per tensor is fine at ZeRO 0, and that of a flat piece is wrong; a list fits no checkpoint.
+
+    Fails when a save finds out, an epoch later, or nobody does.
+    """
     assert result["tiny:NormKeeper torch"] == {}
     assert result["tiny:NormKeeper zero1"]["refused"].startswith(
         "engine.zero: 1 cuts weights into flat pieces, and Norm"

@@ -33,10 +33,10 @@ def layers_of(model: nn.Module) -> dict[str, int]:
 def layers_by_structure(model: nn.Module) -> dict[str, int]:
     """The layer of every parameter, in the order in which the network registers its parts.
 
-    Blocks are the children of plain containers (torchvision's `layer1`, `features`), which may lie in one another. What
-    comes before the first block is the stem, the last part is the head; a normalisation layer belongs to what it
-    follows. Parameters outside of any part (class tokens, position embeddings) belong to the stem. Without any
-    block, every part is one.
+    Blocks are what plain containers hold (torchvision's `layer1`, `features`, which may lie in one another), unless it
+    is a single convolution or the like. What comes before the first block is the stem, the last part is the head, a
+    normalisation layer belongs to what it follows, and parameters outside of any part (class tokens, position
+    embeddings) to the stem. Anything else is a layer by itself.
     """
     trunk = model
     while len(parts := _children(trunk)) == 1:  # a network inside a wrapper
@@ -61,12 +61,12 @@ def _children(module: nn.Module) -> list[nn.Module]:
     return [child for child in module.children() if any(True for _ in child.parameters())]
 
 
-def _blocks(part: nn.Module, is_block: bool, half: float) -> Iterator[tuple[nn.Module, bool]]:
-    """A part, or what it consists of: a container, or what is no block but holds more than half of the network."""
+def _blocks(part: nn.Module, in_container: bool, half: float) -> Iterator[tuple[nn.Module, bool]]:
+    """A part and whether it is a block, or those of a container, or of what holds more than half of the network."""
     is_container = type(part) in CONTAINERS  # by exact type: torchvision derives blocks from Sequential
     children = _children(part)
-    if is_container or (children and not is_block and sum(p.numel() for p in part.parameters()) > half):
+    if is_container or (children and not in_container and sum(p.numel() for p in part.parameters()) > half):
         for child in children:
             yield from _blocks(child, is_container, half)
     else:
-        yield part, is_block
+        yield part, in_container and bool(children)

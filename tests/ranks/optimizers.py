@@ -1,8 +1,8 @@
 """Each optimizer in each engine on the same batches: torchrun --nproc-per-node=2 optimizers.py OUT.json.
 
-Writes how far each way's end is from that of the torch engine, relative to the largest value of each tensor: `peer` is a
-plain loop over the library's class with hand-written groups, zero0 to zero3 are DeepSpeed's stages, and `chain` goes on
-from stage to stage after every step, through files.
+Writes how far each way's end is from that of the torch engine, relative to the largest value of each tensor: `peer` is
+a plain loop over the library's class with hand-written groups, zero0 to zero3 are DeepSpeed's stages, and `chain` goes
+on from stage to stage after every step, through files.
 """
 
 import gc
