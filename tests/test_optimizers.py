@@ -11,7 +11,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from dist_trainer.errors import UserError
-from dist_trainer.models import SmallResNet
+from dist_trainer.models.small_resnet import SmallResNet
 from dist_trainer.tricks.layer_decay import layers_by_structure, layers_of
 from dist_trainer.tricks.no_decay import is_norm
 from dist_trainer.tricks.optimizers import OptimizerConfig, param_groups
