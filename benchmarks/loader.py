@@ -28,12 +28,12 @@ import numpy as np
 import peers
 import torch
 from machine import DATA, Figures, figure, interleaved, machine, parser, save, table, timed
-from ours import ALONE, OURS, photograph_samples, plan_of, train_samples
+from ours import ALONE, OURS, augment_of, photograph_samples, plan_of, train_samples
 from parts import measure_parts
 from photographs import photographs
 from torch.utils.data import DataLoader, TensorDataset
 
-from dist_trainer.data.augment import AugmentConfig, CropConfig
+from dist_trainer.data.augment import Augment, AugmentConfig, CropConfig
 from dist_trainer.data.batch import SlotAddress
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.decode import decode
@@ -114,7 +114,7 @@ def resume_figures(arguments: argparse.Namespace) -> Figures:
             augment = AugmentConfig(crop=CropConfig(size=224))
 
             def begin(config: DataConfig = config, augment: AugmentConfig = augment) -> None:
-                stream = TrainStream(index, plan, config, augment, "window", 0, ALONE)
+                stream = TrainStream(index, plan, config, augment_of(augment, plan), "window", 0, ALONE)
                 for _, batches in stream.steps(int(plan.steps_per_epoch * 0.5)):
                     next(batches)
                     return
@@ -146,7 +146,9 @@ def epoch_figures(arguments: argparse.Namespace) -> Figures:
         for _ in range(1 if arguments.quick else 3):
             config = DataConfig(train="", val="", channels=1, mean=[0.5], std=[0.5], workers=workers)
             plan = plan_of(len(index), 256, 128)
-            stream = TrainStream(index, plan, config, AugmentConfig(flip=0.5), "window", 0, ALONE)
+            stream = TrainStream(
+                index, plan, config, Augment(AugmentConfig(flip=0.5), 0, plan, [0.286]), "window", 0, ALONE
+            )
             steps = itertools.islice(stream.steps(0), int(plan.steps_per_epoch))
             times["ours"].append(_after_first(batch.images for _, batches in steps for batch in batches))
             loader = DataLoader(tensors, 128, shuffle=True, num_workers=workers)

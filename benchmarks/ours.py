@@ -25,10 +25,16 @@ def plan_of(samples: int, batch: int, micro_batch: int, world: int = 1) -> Plan:
     return make_plan(config, Duration.parse("1000ep", "duration"), world=world, num_samples=samples)
 
 
+def augment_of(config: AugmentConfig, plan: Plan) -> Augment:
+    return Augment(config, 0, plan, [0.485, 0.456, 0.406])
+
+
 def train_samples(index: ShardIndex, plan: Plan, augment: AugmentConfig | None = None) -> TrainSamples:
     spec = OrderSpec(seed=0, lanes=plan.samples_per_step // plan.chunk, chunk=plan.chunk)
     augment = augment or AugmentConfig(crop=CropConfig(size=SIZE))
-    return TrainSamples(index, plan, spec, Augment(augment, 0), DataConfig(train="", val=""))
+    return TrainSamples(
+        index, plan, spec, Augment(augment, 0, plan, [0.485, 0.456, 0.406]), DataConfig(train="", val="")
+    )
 
 
 def photograph_samples(folder: Path, batch: int) -> TrainSamples:

@@ -10,7 +10,7 @@ from dist_trainer.errors import UserError
 from dist_trainer.evaluate import EvalResult
 from dist_trainer.evaluation_run import Evaluation
 from dist_trainer.log.console import Terminal
-from dist_trainer.run_data import build_draw
+from dist_trainer.run_data import build_augment, build_draw, plan_of
 from dist_trainer.snapshots import Snapshots
 from dist_trainer.tricks.averaging import Member, State, greedy_soup, mean
 from dist_trainer.tricks.precise_bn import re_estimate
@@ -61,7 +61,8 @@ def average_files(
     evaluation = Evaluation(config, world, terminal)
     if not config.precise_bn.num_samples:
         config = replace(config, precise_bn=replace(config.precise_bn, num_samples=_NUM_SAMPLES))
-    draw = build_draw(config, evaluation.train_index, world)
+    augment = build_augment(config, plan_of(config, evaluation.train_index, 1))
+    draw = build_draw(config, augment, evaluation.train_index, world)
     scores: dict[str, EvalResult] = {}
 
     def score(name: str, state: State) -> EvalResult:

@@ -13,7 +13,7 @@ from dist_trainer.evaluate import center_crop
 from dist_trainer.models import build_model
 from dist_trainer.models.trial import try_images
 from dist_trainer.plan import Duration, Plan
-from dist_trainer.run_data import plan_of
+from dist_trainer.run_data import build_augment, plan_of
 from dist_trainer.tricks.averaging import chosen_metric
 from dist_trainer.tricks.freezing import freeze
 from dist_trainer.tricks.learning_rate import LearningRate
@@ -60,6 +60,7 @@ class Parts:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loss: Loss
+    augment: Augment
     mixing: Mixing
     ema_start: int
 
@@ -72,7 +73,7 @@ def build_parts(config: TrainConfig, train: ShardIndex | int, num_classes: int, 
             f"{config.data.retry.deadline:g} s, for which a rank may wait for storage"
         )
     plan = plan_of(config, train, world)
-    Augment(config.augment, config.run.seed)
+    augment = build_augment(config, plan)
     center_crop(config.eval)
     config.engine.check()
     if config.model.sync_bn:
@@ -80,7 +81,7 @@ def build_parts(config: TrainConfig, train: ShardIndex | int, num_classes: int, 
     rate = LearningRate(config.lr, plan)
     model = build_model(config.model, num_classes, config.run.seed)
     freeze(model, config.model.freeze)
-    for size in image_sizes(config, train):
+    for size in image_sizes(config, augment, train):
         try_images(model, config.model.name, (config.data.channels, *size), num_classes)
     return Parts(
         plan=plan,
@@ -89,6 +90,7 @@ def build_parts(config: TrainConfig, train: ShardIndex | int, num_classes: int, 
         model=model,
         optimizer=build_optimizer(config.optimizer, model, rate.peak, config.engine.zero),
         loss=build_loss(config.loss),
+        augment=augment,
         mixing=Mixing(config.mixing, plan, config.run.seed, side_of(config, train)),
         ema_start=check_weights(config, plan),
     )
@@ -99,16 +101,15 @@ def side_of(config: TrainConfig, train: ShardIndex | int) -> int | None:
     if config.augment.transforms or config.data.stages:
         return None
     if config.augment.crop is not None:
-        return config.augment.crop.size
+        return config.augment.crop.start_size or config.augment.crop.size
     if isinstance(train, int):
         return None
     return min(int(train.samples[name].max()) for name in ("width", "height"))  # one size; 0 where it is not known
 
 
-def image_sizes(config: TrainConfig, train: ShardIndex | int) -> set[tuple[int, int]]:
+def image_sizes(config: TrainConfig, augment: Augment, train: ShardIndex | int) -> set[tuple[int, int]]:
     """(height, width) of what the network sees in training and in evaluation, as far as that is known beforehand."""
-    squares = (config.eval.crop, Augment(config.augment, config.run.seed).size)
-    sizes = {(size, size) for size in squares if size is not None}
+    sizes = {(size, size) for size in {config.eval.crop, *augment.sizes} if size is not None}
     if isinstance(train, ShardIndex) and not (config.augment.crop or config.augment.transforms or config.data.stages):
         sizes.add((int(train.samples["height"][0]), int(train.samples["width"][0])))
     return sizes

@@ -116,7 +116,7 @@ def start_run(
     # Whatever can be wrong with the config shows before the folder is touched.
     parts = build_parts(config, train_index, train_index.num_classes, world.size)
     model = synchronised(parts.model, world.device) if config.model.sync_bn else parts.model
-    streams = open_streams(config, parts.plan, train_index, val_index, world)
+    streams = open_streams(config, parts.plan, parts.augment, train_index, val_index, world)
     for note in [*streams.notes, *(f"warning: {line}" for line in warnings(config, parts, train_index.num_classes))]:
         terminal.say(note)
     resumed_from = _claim(folder, config, what, world, terminal)

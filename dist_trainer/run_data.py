@@ -106,28 +106,35 @@ class Streams:
     notes: list[str]
 
 
-def open_streams(config: TrainConfig, plan: Plan, train: ShardIndex, val: ShardIndex, world: World) -> Streams:
+def open_streams(
+    config: TrainConfig, plan: Plan, augment: Augment, train: ShardIndex, val: ShardIndex, world: World
+) -> Streams:
     """Raises UserError for what the config says of the data and cannot be."""
     kind = order_of(config, train)
     sorted_set = kind == "full" and config.data.order == "auto"
-    stream = TrainStream(train, plan, config.data, config.augment, kind, config.run.seed, world)
+    stream = TrainStream(train, plan, config.data, augment, kind, config.run.seed, world)
     notes = ["data.order: full, since the training set is sorted by class"] if sorted_set else []
     return Streams(
         train=stream,
         val=EvalStream(val, config.data, center_crop(config.eval), config.eval.batch, world),
         train_eval=build_train_eval(config, train, world),
-        draw=build_draw(config, train, world),
+        draw=build_draw(config, augment, train, world),
         notes=notes + [note for note in [stream.warning(config.data)] if note],
     )
 
 
-def build_draw(config: TrainConfig, train: ShardIndex, world: World) -> DrawnStream | None:
+def build_augment(config: TrainConfig, plan: Plan) -> Augment:
+    """The training transform. Raises UserError."""
+    return Augment(config.augment, config.run.seed, plan, config.data.mean)
+
+
+def build_draw(config: TrainConfig, augment: Augment, train: ShardIndex, world: World) -> DrawnStream | None:
     """The training samples from which batch-norm is re-estimated, where that is configured. Raises UserError."""
     size, precise = config.batch.micro_batch, config.precise_bn
     num_batches = precise.num_slots(size, len(train))
     if not num_batches:
         return None
-    transform = Augment(config.augment, config.run.seed) if precise.transform == "train" else center_crop(config.eval)
+    transform = augment if precise.transform == "train" else center_crop(config.eval)
     return DrawnStream(train, config.data, transform, num_batches, size, config.run.seed, world)
 
 

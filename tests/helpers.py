@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_trainer.data.augment import Augment, AugmentConfig
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.errors import UserError
+from dist_trainer.plan import BatchConfig, Duration, Plan, make_plan
 from dist_trainer.shards.pack import Recipe, pack
 from dist_trainer.shards.pack_sources import FolderSource
 from dist_trainer.shards.scan import join, scan_tar
@@ -91,3 +94,13 @@ def flip_byte(path: Path, place: int) -> None:
     data = bytearray(path.read_bytes())
     data[place] ^= 1
     path.write_bytes(data)
+
+
+def augment_of(
+    config: AugmentConfig, plan: Plan | None = None, seed: int = 0, mean: Sequence[float] = (0.485, 0.456, 0.406)
+) -> Augment:
+    """The training transform of `plan`, or of a run of 10 epochs of 10 steps."""
+    if plan is None:
+        batch = BatchConfig(global_batch=8, micro_batch=4)
+        plan = make_plan(batch, Duration(10, "ep"), world=1, num_samples=80)
+    return Augment(config, seed, plan, mean)

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import flip_byte, message, sample_members, write_tar
+from helpers import augment_of, flip_byte, message, sample_members, write_tar
 from safetensors import SafetensorError
 
 from dist_trainer.cli import dispatch
 from dist_trainer.comm import World
-from dist_trainer.data.augment import Augment, AugmentConfig, CenterCrop, CropConfig
+from dist_trainer.data.augment import AugmentConfig, CenterCrop, CropConfig
 from dist_trainer.data.batch import Batch, EvalAddress, SlotAddress
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.health import BadSample, Health
@@ -58,7 +58,7 @@ def train_samples(index: ShardIndex, augment: AugmentConfig, config: DataConfig 
     plan = make_plan(
         BatchConfig(global_batch=8, micro_batch=4), Duration.parse("9ep", "duration"), world=1, num_samples=len(index)
     )
-    return TrainSamples(index, plan, OrderSpec(seed=0, lanes=2, chunk=4), Augment(augment, 0), config)
+    return TrainSamples(index, plan, OrderSpec(seed=0, lanes=2, chunk=4), augment_of(augment, plan), config)
 
 
 def damage(index: ShardIndex, *samples: int) -> None:
@@ -242,7 +242,7 @@ def test_a_stream_of_tars_that_cannot_be_read_says_so_in_one_line(tmp_path: Path
     """Fails when it raises what tarfile raises, skips all samples for ever, or hands on a class that there is not."""
     make(tmp_path)
     config = replace(CONFIG, train=str(tmp_path / "s.tar"), source="stream", num_samples=8)
-    stream = TarStream(config, 3, Augment(AugmentConfig(), 0), 4, 0, 0, 1)
+    stream = TarStream(config, 3, augment_of(AugmentConfig()), 4, 0, 0, 1)
     batch = next(iter(stream.serve([SlotAddress(0, 0)])))
     assert batch.problem is not None
     assert said in batch.problem
@@ -268,7 +268,7 @@ def test_validation_batches_of_an_outage_reach_the_evaluation(index: ShardIndex,
 def test_a_stream_takes_a_folder_of_tars(tmp_path: Path) -> None:
     write_tar(tmp_path / "s.tar", sample_members(8))
     config = replace(CONFIG, train=str(tmp_path), source="stream", num_samples=8)
-    stream = TarStream(config, 3, Augment(AugmentConfig(), 0), 4, 0, 0, 1)
+    stream = TarStream(config, 3, augment_of(AugmentConfig()), 4, 0, 0, 1)
     assert next(iter(stream.serve([SlotAddress(0, 0)]))).num_valid == 4
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import index_of, message, pack_images, pixels, sample_members, write_tar
+from helpers import augment_of, index_of, message, pack_images, pixels, sample_members, write_tar
 
 from dist_trainer.comm import World
-from dist_trainer.data.augment import Augment, AugmentConfig, CenterCrop, CropConfig, crop_boxes
+from dist_trainer.data.augment import AugmentConfig, CenterCrop, CropConfig, crop_boxes
 from dist_trainer.data.batch import Batch, SlotAddress
 from dist_trainer.data.cache import CacheConfig
 from dist_trainer.data.config import DataConfig
@@ -47,7 +47,7 @@ def plan_of(world: int, epochs: int = 2) -> Plan:
 
 
 def samples_of(index: ShardIndex, config: AugmentConfig | None = None, seed: int = 3) -> TrainSamples:
-    augment = Augment(config or AugmentConfig(flip=0.0), seed)
+    augment = augment_of(config or AugmentConfig(flip=0.0), plan_of(1), seed)
     return TrainSamples(index, plan_of(1), OrderSpec(seed=seed, lanes=4, chunk=4, block=5, window=7), augment, CONFIG)
 
 
@@ -196,7 +196,7 @@ def test_crops_are_drawn_per_sample_epoch_and_seed(index: ShardIndex) -> None:
     other_seed = by_id(epoch_of(samples_of(index, config, seed=4)))
     for other in (next_epoch, other_seed):
         assert sum(torch.equal(first[i], other[i]) for i in first) < NUM_SAMPLES // 4
-    keys = Augment(config, 3).keys(np.zeros(20, np.int64), np.arange(20), 0)
+    keys = augment_of(config, seed=3).keys(np.zeros(20, np.int64), np.arange(20), 0)
     assert len({tuple(box) for box in crop_boxes(CropConfig(size=6), np.full(20, 12), np.full(20, 10), keys)}) > 10
 
 
@@ -205,7 +205,7 @@ def test_augmentations_that_cannot_be_are_refused_by_key() -> None:
 
     def refused(**config: Any) -> str:
         with pytest.raises(UserError) as caught:
-            Augment(AugmentConfig(**config), 0)
+            augment_of(AugmentConfig(**config))
         return message(caught)
 
     assert refused(flip=1.5).startswith("augment.flip: 1.5")

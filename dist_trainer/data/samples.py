@@ -46,7 +46,7 @@ class _Samples(Dataset[Batch]):
         """(sample ids int64 [m], whether each counts bool [m], keys uint64 [m])"""
         raise NotImplementedError
 
-    def _images(self, ids: np.ndarray, data: list[Encoded], keys: UInt64) -> list[torch.Tensor | Bad]:
+    def _images(self, address: Any, ids: np.ndarray, data: list[Encoded], keys: UInt64) -> list[torch.Tensor | Bad]:
         """uint8 [C, H, W] each."""
         raise NotImplementedError
 
@@ -70,7 +70,7 @@ class _Samples(Dataset[Batch]):
                 data: list[Encoded] = [*self._reader.read(ids)]
                 if self._stages:
                     data = self._staged(ids, data, keys, labels)
-                rows = self._images(ids, data, keys)
+                rows = self._images(address, ids, data, keys)
                 self._substitute(batch, rows)
                 batch.num_valid = int(batch.weight.sum())
                 batch.images = self._stack(ids, rows, self._flips(keys))
@@ -199,13 +199,23 @@ class _Augmented(_Samples):
         """`in_blocks`: whether neighbours are asked for soon, so that whole blocks are worth fetching."""
         super().__init__(index, config, "train", whole_blocks=in_blocks or _fits_cache(index, config))
         self._augment = augment
-        if augment.size is not None:
-            self._shape = (config.channels, augment.size, augment.size)
+        self._shape = self._shape_at(augment.last_step)
 
-    def _images(self, ids: np.ndarray, data: list[Encoded], keys: UInt64) -> list[torch.Tensor | Bad]:
-        crop = self._augment.crop
+    def _shape_at(self, step: int) -> tuple[int, ...] | None:
+        """Of every image of a step, where that is known beforehand."""
+        size = self._augment.size(step) if self._augment.sizes else None
+        return None if size is None else (self._channels, size, size)
+
+    def _step(self, address: Any) -> int:
+        """The step whose epoch says how far augmentation has come."""
+        raise NotImplementedError
+
+    def _images(self, address: Any, ids: np.ndarray, data: list[Encoded], keys: UInt64) -> list[torch.Tensor | Bad]:
+        crop, step = self._augment.crop, self._step(address)
+        size = self._augment.size(step)
         boxes: list[Any] = [None] * len(ids)
-        if crop is not None:
+        if crop is not None and size is not None:
+            self._shape = self._shape_at(step)
             rows = self._index.samples[ids]
             widths, heights = (np.maximum(rows[name].astype(np.int64), 1) for name in ("width", "height"))
             for place, each in enumerate(data):
@@ -213,18 +223,20 @@ class _Augmented(_Samples):
                     heights[place], widths[place] = each.shape[1:]
             boxes = crop_boxes(crop, widths, heights, keys).tolist()
         return [
-            self._image(sample, each, box, key)
+            self._image(sample, each, box, size, key, step)
             for sample, each, box, key in zip(ids.tolist(), data, boxes, keys.tolist(), strict=True)
         ]
 
-    def _image(self, sample: int, data: Encoded, box: Box | None, key: int) -> torch.Tensor | Bad:
+    def _image(
+        self, sample: int, data: Encoded, box: Box | None, size: int | None, key: int, step: int
+    ) -> torch.Tensor | Bad:
         image = self._decode(data, box)
         if isinstance(image, Bad):
             return image
-        if self._augment.crop is not None:
-            image = resize(image, (self._augment.crop.size, self._augment.crop.size))
+        if size is not None:
+            image = resize(image, (size, size))
         try:
-            image = self._augment.transform(image, key)
+            image = self._augment.transform(image, key, step)
         except Exception as error:  # a transform of the user's may raise anything
             raise UserError(
                 f"augment.transforms: {self._index.describe(sample)}: {type(error).__name__}: {error}"
@@ -267,6 +279,9 @@ class TrainSamples(_Augmented):
         epochs = np.repeat(np.array([span.epoch for span in spans]), lengths)
         return ids, counts, self._augment.keys(epochs, ids, self._plan.copy_of(address.slot))
 
+    def _step(self, address: SlotAddress) -> int:
+        return address.step
+
     def _look_ahead(self, address: SlotAddress) -> None:
         """With the blocks of the same slot one window later, since a slot stays on its lanes."""
         if self._reader.is_cached and self._spec.kind == "window" and not address.ghost:
@@ -297,7 +312,7 @@ class EvalSamples(_Samples):
         ids = self._chosen[place % len(self._chosen)]
         return ids, place < len(self._chosen), hashes(ids, STAGE)
 
-    def _images(self, ids: np.ndarray, data: list[Encoded], keys: UInt64) -> list[torch.Tensor | Bad]:
+    def _images(self, address: Any, ids: np.ndarray, data: list[Encoded], keys: UInt64) -> list[torch.Tensor | Bad]:
         images = [self._decode(each) for each in data]
         return [image if isinstance(image, Bad) else self._center_crop(image) for image in images]
 
@@ -308,12 +323,16 @@ def drawn(index: ShardIndex, num_samples: int, seed: int) -> np.ndarray:
 
 
 class DrawnTrainSamples(_Augmented):
-    """Training samples `chosen` (ids, int64 [n]) in batches, augmented as in the first epoch."""
+    """Training samples `chosen` (ids, int64 [n]) in batches, augmented as at one step."""
 
-    def __init__(self, index: ShardIndex, augment: Augment, config: DataConfig, chosen: np.ndarray) -> None:
+    def __init__(self, index: ShardIndex, augment: Augment, config: DataConfig, chosen: np.ndarray, step: int) -> None:
         super().__init__(index, augment, config, in_blocks=False)
-        self._chosen = chosen
+        self._chosen, self._at = chosen, step
 
     def _place(self, address: EvalAddress) -> tuple[np.ndarray, np.ndarray, UInt64]:
         ids = self._chosen[address.number * address.size : (address.number + 1) * address.size]
-        return ids, np.ones(len(ids), bool), self._augment.keys(np.zeros(len(ids), np.int64), ids, 0)
+        epochs = np.full(len(ids), self._augment.epoch(self._at))
+        return ids, np.ones(len(ids), bool), self._augment.keys(epochs, ids, 0)
+
+    def _step(self, address: EvalAddress) -> int:
+        return self._at

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dist_trainer.comm import World
-from dist_trainer.data.augment import Augment, AugmentConfig, CenterCrop
+from dist_trainer.data.augment import Augment, CenterCrop
 from dist_trainer.data.batch import Batch, EvalAddress, SlotAddress
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.index import ShardIndex
@@ -119,7 +119,7 @@ class TrainStream:
         index: ShardIndex,
         plan: Plan,
         config: DataConfig,
-        augment: AugmentConfig,
+        augment: Augment,
         kind: Kind,
         seed: int,
         world: World,
@@ -131,11 +131,11 @@ class TrainStream:
         if config.source == "stream":
             self.spec = StreamSpec(seed)
             self._samples = TarStream(
-                config, index.num_classes, Augment(augment, seed), plan.micro_batch, seed, world.rank, world.size
+                config, index.num_classes, augment, plan.micro_batch, seed, world.rank, world.size
             )
         else:
             self.spec = OrderSpec(seed=seed, lanes=plan.samples_per_step // plan.chunk, chunk=plan.chunk, kind=kind)
-            self._samples = TrainSamples(index, plan, self.spec, Augment(augment, seed), config)
+            self._samples = TrainSamples(index, plan, self.spec, augment, config)
             self._is_cached = self._samples.is_cached
             self._sample_bytes = int(index.sizes.sum()) / len(index)
 
@@ -227,7 +227,7 @@ class DrawnStream(_FixedBatches):
     ) -> None:
         chosen = drawn(index, num_batches * size, seed)
         samples = (
-            DrawnTrainSamples(index, transform, config, chosen)
+            DrawnTrainSamples(index, transform, config, chosen, transform.last_step)
             if isinstance(transform, Augment)
             else EvalSamples(index, config, transform, chosen)
         )

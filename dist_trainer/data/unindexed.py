@@ -125,14 +125,18 @@ class TarStream(IterableDataset[Batch]):
         images, labels = zip(*(next(samples) for _ in range(self._batch)), strict=True)
         keys = hashes(np.arange(self._batch), STREAM, self._seed, address.step, address.slot)
         crop = self._augment.crop
-        if crop is not None:
+        size = self._augment.size(address.step)
+        if crop is not None and size is not None:
             sizes = np.array([image.shape[1:] for image in images])
             boxes = crop_boxes(crop, sizes[:, 1], sizes[:, 0], keys).tolist()
             images = tuple(
-                resize(image[:, top : top + height, left : left + width], (crop.size, crop.size))
+                resize(image[:, top : top + height, left : left + width], (size, size))
                 for image, (left, top, width, height) in zip(images, boxes, strict=True)
             )
-        rows = [self._augment.transform(image, seed) for image, seed in zip(images, keys.tolist(), strict=True)]
+        rows = [
+            self._augment.transform(image, seed, address.step)
+            for image, seed in zip(images, keys.tolist(), strict=True)
+        ]
         if len({row.shape for row in rows}) > 1:
             raise UserError("data.train: images of several sizes in one batch; set augment.crop")
         batch = torch.stack(rows)

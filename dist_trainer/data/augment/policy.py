@@ -1,0 +1,57 @@
+"""Colour jitter and the learned or random policies: AutoAugment, RandAugment, TrivialAugment; torchvision's, on PIL.
+
+On PIL images torchvision's operations take a third of their time on tensors, with both conversions still the less
+(benchmarks/augment.py). What a rotation or shear leaves empty is filled with the data set's mean.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dist_trainer.errors import UserError
+from dist_trainer.named import Named, build
+
+OFF = "none"
+
+
+def _policies() -> dict[str, Callable[..., Any]]:
+    from torchvision.transforms import v2
+
+    def autoaugment(policy: str = "imagenet", **args: Any) -> Any:
+        """Cubuk et al. 2019; `policy`: imagenet, cifar10 or svhn."""
+        return v2.AutoAugment(v2.AutoAugmentPolicy(policy), **args)
+
+    return {"autoaugment": autoaugment, "randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
+
+
+class OnPil:
+    """uint8 [C, H, W] through torchvision transforms as a PIL image. All randomness is torch's default generator's."""
+
+    def __init__(self, jitter: float, policy: Named, fill: Sequence[int]) -> None:
+        """Raises UserError for values and names that there are not."""
+        if not 0.0 <= jitter < 1.0:
+            raise UserError(f"augment.color_jitter: {jitter} is not in [0, 1); 0.4 is usual")
+        self._steps: list[Any] = []
+        if jitter:
+            from torchvision.transforms import v2  # where it is used: that costs a loader process two seconds
+
+            self._steps.append(v2.ColorJitter(jitter, jitter, jitter))
+        if policy.name != OFF:
+            args = {"fill": list(fill), **policy.args}
+            self._steps.append(
+                build("augment.policy", Named(name=policy.name, args=args), {**_policies(), OFF: None}, kind="policy")
+            )
+
+    def __bool__(self) -> bool:
+        return bool(self._steps)
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+        picture: Any = Image.fromarray(pixels.contiguous().numpy())
+        for step in self._steps:
+            picture = step(picture)
+        found = torch.from_numpy(np.array(picture))
+        return found[None] if found.dim() == 2 else found.permute(2, 0, 1)
