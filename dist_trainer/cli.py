@@ -19,6 +19,7 @@ USAGE = """usage: dist-trainer COMMAND ...
   eval CONFIG.yaml|RUN [--weights PATH]     exact accuracy of a checkpoint folder or a safetensors file
   average RUN [--top_k K|--last K|--files ...]  one model from several of a run, batch-norm re-estimated
   plan CONFIG.yaml [--gpus N] [--json]      everything derived, before a node is paid for
+  augment CONFIG.yaml [--samples 8]         a picture of what the network sees, before augmentation and after
   shards pack SOURCE OUT                    images -> tars and index; --help lists the kinds of SOURCE
   shards index URL... [--out NAME.dtx]      the index of tars that are there (a folder, a brace pattern; local or URLs)
   shards check LOCATION [--level decode]    hold shards against their index; lists bad samples
@@ -68,6 +69,7 @@ def dispatch(argv: list[str]) -> int:
         "eval": _eval,
         "average": _average,
         "plan": _plan,
+        "augment": _augment,
         "shards": _shards,
         "ls": _ls,
         "cp": _cp,
@@ -219,6 +221,21 @@ def _plan(argv: list[str]) -> int:
         terminal.table("plan", rows)
         for warning in warnings:
             terminal.say(f"warning: {warning}")
+    return 0
+
+
+def _augment(argv: list[str]) -> int:
+    parser = new_parser("augment", "A PNG of what the network sees, before augmentation and after, over the run.")
+    parser.add_argument("--samples", type=int, default=8, help="training samples, one row each")
+    parser.add_argument("--out", type=str, default="augment.png", help="the picture")
+    config, values = parse_config(parser, argv)
+    from dist_trainer.augment_grid import augment_grid
+
+    out = Path(values.out).expanduser()
+    try:
+        print(augment_grid(config, values.samples, out))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out: {out}: {error}") from None
     return 0
 
 

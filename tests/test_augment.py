@@ -1,6 +1,7 @@
 """Augmentation of single images: torchvision's own results, counted pixels, the run's clock, and what is refused."""
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from helpers import augment_of, index_of, message, sample_members, write_tar
 from PIL import Image
 from torchvision.transforms import v2
 
+from dist_trainer.cli import dispatch
 from dist_trainer.comm import World
 from dist_trainer.data.augment import AugmentConfig, CropConfig
 from dist_trainer.data.augment.crop import Sizes
@@ -17,7 +19,12 @@ from dist_trainer.data.augment.cutout import Cutout
 from dist_trainer.data.augment.grid_mask import GridMask
 from dist_trainer.data.augment.hide_and_seek import HideAndSeek
 from dist_trainer.data.augment.random_erasing import RandomErasing
+from dist_trainer.data.cache import CacheConfig
 from dist_trainer.data.config import DataConfig
+from dist_trainer.data.decode import decode
+from dist_trainer.data.read import Reader
+from dist_trainer.data.retry import RetryConfig
+from dist_trainer.data.samples import drawn
 from dist_trainer.data.stream import TrainStream
 from dist_trainer.errors import UserError
 from dist_trainer.named import Named
@@ -244,3 +251,31 @@ def test_what_cannot_be_is_refused_before_the_first_image(config: dict[str, Any]
     with pytest.raises(UserError) as caught:
         augment_of(AugmentConfig(**config))
     assert message(caught).startswith(said)
+
+
+def test_the_picture_shows_the_pixels_that_batches_hold(tmp_path: Path) -> None:
+    """`augment` on 12-pixel images, zoomed 8 times: the first column is the evaluation's, the last the last epoch's.
+
+    Fails when the grid draws by another path than training, or at another clock.
+    """
+    (tmp_path / "set").mkdir()
+    write_tar(tmp_path / "set" / "0.tar", sample_members(80, size=12))
+    argv = [
+        f"--data.train={tmp_path / 'set'}",
+        f"--data.val={tmp_path / 'set'}",
+        "--model.name=resnet18",
+        "--lr.base=0.1",
+    ]
+    argv += ["--batch.global_batch=8", "--batch.micro_batch=4", "--duration=10ep", "--augment.flip=0"]
+    argv += ["--augment.erase={name: grid_mask}", "--samples=3", f"--out={tmp_path / 'grid.png'}"]
+    assert dispatch(["augment", *argv]) == 0
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
+    index = index_of(tmp_path / "set" / "0.tar")
+    augment = augment_of(AugmentConfig(flip=0.0, erase=Named(name="grid_mask")), plan_of(10))
+    for row, sample in enumerate(drawn(index, 3, 0)):
+        image = decode(Reader(index, retry=RetryConfig(), cache=CacheConfig()).read(np.array([sample]))[0], 3)
+        (key,) = augment.keys(np.array([9]), np.array([sample]), 0).tolist()
+        for column, expected in ((0, image), (6, augment.transform(image, key, 99))):
+            top, left = 14 + row * (96 + 18), 4 + column * 100
+            found = sheet[top : top + 96 : 8, left : left + 96 : 8]
+            assert np.array_equal(found, expected.permute(1, 2, 0).numpy())

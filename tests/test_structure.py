@@ -28,7 +28,10 @@ FLOORS = [
         | {"checkpoint", "snapshots", "average", "evaluate", "step_sums"}
     ],
     [{"config", "run_folder"}],
-    [{"run", "run_data", "parts", "advice", "plan_report", "evaluation_run", "average_run"}, {"arguments"}],
+    [
+        {"run", "run_data", "parts", "advice", "augment_grid", "plan_report", "evaluation_run", "average_run"},
+        {"arguments"},
+    ],
     [{"train"}],
     [{"train_run"}],
     [{"cli_shards"}],
