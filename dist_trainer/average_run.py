@@ -75,7 +75,8 @@ def average_files(
         score(name, state)
     members.sort(key=lambda member: -scores[member[0]].correct1)
     if greedy:
-        state, kept = greedy_soup(members, lambda each: score("average", each).metrics["top1"])
+        tried = iter(members)
+        state, kept = greedy_soup(members, lambda each: score(f"average with {next(tried)[0]}", each).metrics["top1"])
     else:
         state, kept = mean(members), [name for name, _ in members]
     score("average", state)

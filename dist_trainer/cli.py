@@ -89,23 +89,18 @@ def _train(argv: list[str]) -> int:
     config, values = parse_config(parser, argv)
     from dist_trainer import comm
     from dist_trainer.log.console import Terminal
-    from dist_trainer.run import Run, finish_run, start_run, summary_rows
-    from dist_trainer.train import train
+    from dist_trainer.run import summary_rows
+    from dist_trainer.train_run import train_run
 
     stem = Path(str(values.config[0])).stem if values.get("config") else "run"
-    world = comm.init()
-    stop = comm.StopRequest()
+    world = comm.init(config.run.timeout + 60)
     terminal = Terminal(active=world.is_main)
-    run = start_run(config, stem, world, terminal, stop)
-    if not isinstance(run, Run):
-        terminal.table(f"{run.path}: complete", summary_rows(run.read_summary() or {}))
+    done = train_run(config, stem, world, terminal)
+    if done.stopped_by:
+        terminal.say(f"stopped by {done.stopped_by} after step {done.summary['steps']}, saved; start again to go on")
     else:
-        stopped_by = train(run)
-        summary = finish_run(run, stopped_by)
-        if stopped_by:
-            terminal.say(f"stopped by {stopped_by} after step {summary['steps']}, saved; start again to go on")
-        else:
-            terminal.table(f"{run.folder.path}: done", summary_rows(summary))
+        title = f"{done.folder.path}: {'complete' if done.was_complete else 'done'}"
+        terminal.table(title, summary_rows(done.summary))
     comm.shutdown()
     return 0
 

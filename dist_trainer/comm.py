@@ -19,9 +19,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from dist_trainer.errors import UserError
 from dist_trainer.processes import STOP_SIGNALS, cores, die_with_parent
+from dist_trainer.watchdog import beat
 
 T = TypeVar("T")
-_BEAT_S = 60.0  # well below the time that a collective waits
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class World:
     local_size: int
     device: torch.device
     host_group: Any = None
+    beat_s: float = 60.0
+    """How often rank 0 says that it is still at it: well below the time that a collective waits."""
 
     @property
     def is_main(self) -> bool:
@@ -58,8 +60,10 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def init(timeout_s: float = 600.0) -> World:
+def init(timeout_s: float = 660.0) -> World:
     """Join the process group that torchrun's environment describes, or make one of a single process.
+
+    Collectives wait `timeout_s`.
 
     NCCL where there are CUDA devices, gloo elsewhere; host data (JSON) always travels by gloo.
     """
@@ -94,7 +98,7 @@ def init(timeout_s: float = 600.0) -> World:
         rank, size = 0, 1
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id)
     host_group = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
-    return World(rank, size, local_rank, local_size, device, host_group)
+    return World(rank, size, local_rank, local_size, device, host_group, min(60.0, timeout_s / 8))
 
 
 def shutdown() -> None:
@@ -142,22 +146,21 @@ def gather_json(world: World, value: Any) -> list[Any]:
 @contextlib.contextmanager
 def _still_at_it(world: World) -> Iterator[None]:
     """Rank 0 runs the block; the others wait here until it is through."""
-    if world.size == 1:
-        yield
-        return
     if not world.is_main:
         yield
         going_on = torch.ones(1)
         while going_on:
             dist.broadcast(going_on, 0, group=world.host_group)
+            beat()
         return
     through = threading.Event()
 
-    def beat() -> None:
-        while not through.wait(_BEAT_S):
+    def say() -> None:
+        while not through.wait(world.beat_s):
+            beat()
             dist.broadcast(torch.ones(1), 0, group=world.host_group)
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=say, daemon=True)
     thread.start()
     try:
         yield

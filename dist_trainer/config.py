@@ -19,6 +19,7 @@ from dist_trainer.tricks.averaging import AveragingConfig
 from dist_trainer.tricks.ema import EmaConfig
 from dist_trainer.tricks.learning_rate import LearningRateConfig
 from dist_trainer.tricks.losses import LossConfig
+from dist_trainer.tricks.mixing import MixingConfig
 from dist_trainer.tricks.optimizers import OptimizerConfig
 from dist_trainer.tricks.precise_bn import PreciseBnConfig
 
@@ -30,6 +31,7 @@ class TrainConfig:
     data: DataConfig
     run: RunConfig = field(default_factory=RunConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     duration: str = "90ep"

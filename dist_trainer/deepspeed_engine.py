@@ -51,6 +51,7 @@ def _initialize_deepspeed(
     if device.type == "cpu":
         no_inference_kernels()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed asks for it even without a launcher
     deepspeed.init_distributed(dist_init_required=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, plan))
     return engine

@@ -23,7 +23,8 @@ from dist_trainer.errors import UserError
 from dist_trainer.inference import Inference, Preprocess
 from dist_trainer.keyed import FORWARD, key
 from dist_trainer.plan import Plan
-from dist_trainer.tricks.losses import Loss
+from dist_trainer.tricks.losses import Loss, weighted_sum
+from dist_trainer.tricks.mixing import Mixing
 
 State = dict[str, torch.Tensor]
 
@@ -44,6 +45,9 @@ class EngineConfig:
     """bf16 computes under autocast; weights, their gradients' sums and batch-norm stay float32 in both."""
     clip_grad_norm: float | None = None
     """Largest norm of the whole gradient, to which longer ones are scaled down; null does not clip."""
+    not_finite: Literal["skip", "stop", "roll_back"] = "skip"
+    """A gradient with NaN or infinity is never applied. Then: skip the step; stop the run; or go back to the weights of
+    the last checkpoint and on past all samples since."""
 
     def check(self) -> None:
         """Raises UserError for values that make no engine."""
@@ -60,6 +64,7 @@ class Engine(Inference):
         self,
         model: nn.Module,
         loss: Loss,
+        mixing: Mixing,
         config: EngineConfig,
         plan: Plan,
         world: World,
@@ -69,7 +74,7 @@ class Engine(Inference):
         super().__init__(model.to(world.device), config.precision, preprocess, world)
         self.plan, self.config = plan, config
         self.grad_norm: torch.Tensor = torch.zeros(())
-        self._loss, self._seed = loss, seed
+        self._loss, self._mixing, self._seed = loss, mixing, seed
         self._generator: torch.Generator = (
             torch.cuda.default_generators[world.local_rank] if self._device.type == "cuda" else torch.default_generator
         )
@@ -121,10 +126,11 @@ class Engine(Inference):
         address: Any = batch.address
         # Dropout and the like draw the same numbers for a slot on whichever rank it runs.
         self._generator.manual_seed(key(FORWARD, self._seed, address.step, address.slot))
-        logits = self._forward(self._prepare(batch.images)).float()
+        mix = self._mixing.draw(address.step, address.slot, batch.images.shape)
+        logits = self._forward(mix.images(self._prepare(batch.images))).float()
         labels = batch.labels.to(self._device, non_blocking=True)
         weight = batch.weight.to(self._device, non_blocking=True)
-        total = torch.dot(self._loss(logits, labels), weight)
+        total = weighted_sum(self._loss, logits, labels, weight, mix)
         self._backward(total * (self.world.size / self.plan.num_valid(address.step)))
         self._micro_step += 1
         return total.detach()

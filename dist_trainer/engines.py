@@ -10,6 +10,7 @@ from dist_trainer.inference import Preprocess
 from dist_trainer.plan import Plan
 from dist_trainer.torch_engine import TorchEngine
 from dist_trainer.tricks.losses import Loss
+from dist_trainer.tricks.mixing import Mixing
 
 
 def build_engine(
@@ -17,6 +18,7 @@ def build_engine(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loss: Loss,
+    mixing: Mixing,
     plan: Plan,
     world: World,
     preprocess: Preprocess,
@@ -24,4 +26,4 @@ def build_engine(
 ) -> Engine:
     """The engine that `config` names."""
     backend = TorchEngine if config.backend == "torch" else ZeroEngine if config.zero else ZeroStage0
-    return backend(model, optimizer, loss, config, plan, world, preprocess, seed)
+    return backend(model, optimizer, loss, mixing, config, plan, world, preprocess, seed)

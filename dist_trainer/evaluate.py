@@ -44,7 +44,7 @@ class EvalResult:
     num_samples: int
     """All, bad ones included, so that accuracy never rises because samples are lost."""
     loss: float
-    """Mean cross-entropy of the samples that are not bad, without label smoothing."""
+    """Mean cross-entropy of the samples that are not bad, without label smoothing, whatever the training loss is."""
     bad: tuple[BadSample, ...] = ()
     """Samples that cannot be used; they count as wrong."""
 

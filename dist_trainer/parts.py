@@ -17,6 +17,7 @@ from dist_trainer.tricks.averaging import chosen_metric
 from dist_trainer.tricks.freezing import freeze
 from dist_trainer.tricks.learning_rate import LearningRate
 from dist_trainer.tricks.losses import Loss, build_loss
+from dist_trainer.tricks.mixing import Mixing
 from dist_trainer.tricks.optimizers import build_optimizer
 
 
@@ -57,11 +58,17 @@ class Parts:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loss: Loss
+    mixing: Mixing
     ema_start: int
 
 
 def build_parts(config: TrainConfig, train: ShardIndex | int, num_classes: int, world: int) -> Parts:
     """For an index, or so many training samples, on `world` ranks. Raises UserError for whatever cannot be."""
+    if config.data.retry.deadline >= config.run.timeout:
+        raise UserError(
+            f"run.timeout: {config.run.timeout:g} s must be longer than data.retry.deadline, "
+            f"{config.data.retry.deadline:g} s, for which a rank may wait for storage"
+        )
     plan = plan_of(config, train, world)
     Augment(config.augment, config.run.seed)
     center_crop(config.eval)
@@ -76,8 +83,20 @@ def build_parts(config: TrainConfig, train: ShardIndex | int, num_classes: int, 
         model=model,
         optimizer=build_optimizer(config.optimizer, model, rate.peak, config.engine.zero),
         loss=build_loss(config.loss),
+        mixing=Mixing(config.mixing, plan, config.run.seed, side_of(config, train)),
         ema_start=check_weights(config, plan),
     )
+
+
+def side_of(config: TrainConfig, train: ShardIndex | int) -> int | None:
+    """Pixels of the shorter side of what the network sees in training, where that is certain."""
+    if config.augment.transforms or config.data.stages:
+        return None
+    if config.augment.crop is not None:
+        return config.augment.crop.size
+    if isinstance(train, int):
+        return None
+    return min(int(train.samples[name].max()) for name in ("width", "height"))  # one size; 0 where it is not known
 
 
 def check_weights(config: TrainConfig, plan: Plan) -> int:

@@ -53,6 +53,11 @@ class Progress:
         self.skipped += not applied
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
 
+    def pass_over(self, step: int) -> None:
+        """Go on behind `step`, if that lies ahead: the steps up to it are not made."""
+        self.skipped += max(0, step - self.step)
+        self.step = max(step, self.step)
+
     def as_dict(self, plan: Plan) -> dict[str, Any]:
         """For a checkpoint; `position` is samples consumed, which no number of ranks or workers changes."""
         return {**asdict(self), "epoch": plan.epoch(self.step), "position": plan.position(self.step)}
@@ -60,7 +65,8 @@ class Progress:
 
 @dataclass
 class Run:
-    """Everything that the loop uses. `facts` is what a checkpoint says about how it was made."""
+    """Everything that the loop uses. `facts` is what a checkpoint says about how it was made, `resumed_from` the one
+    that it went on from, if any."""
 
     config: TrainConfig
     world: World
@@ -81,14 +87,18 @@ class Run:
     tracker: Tracker
     folder: RunFolder
     facts: dict[str, Any]
+    resumed_from: str
     progress: Progress
     started: float = field(default_factory=time.perf_counter)
     seconds: dict[str, float] = field(default_factory=lambda: {"eval": 0.0, "save": 0.0})
 
 
-def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, stop: StopRequest) -> Run | RunFolder:
+def start_run(
+    config: TrainConfig, stem: str, world: World, terminal: Terminal, stop: StopRequest, past: int = 0
+) -> Run | RunFolder:
     """Put a run together: from the newest complete checkpoint of its folder, or from the start (collective).
 
+    With `past`, a step, it goes on behind that step, and those since the checkpoint count as skipped.
     Returns the folder alone when the run in it is complete. Raises UserError, on every rank, for the user's mistakes.
     """
     place = on_main(world, lambda: prepare_data(config))
@@ -115,7 +125,15 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
         checkpoint.load_into(parts.model, checkpoint.load_tensors(Path(resumed_from), "model"), resumed_from)
     preprocess = Preprocess(mean=config.data.mean, std=config.data.std, channels_last=config.model.channels_last)
     engine = build_engine(
-        config.engine, parts.model, parts.optimizer, parts.loss, parts.plan, world, preprocess, config.run.seed
+        config.engine,
+        parts.model,
+        parts.optimizer,
+        parts.loss,
+        parts.mixing,
+        parts.plan,
+        world,
+        preprocess,
+        config.run.seed,
     )
     facts = {
         "fingerprint": train_index.fingerprint,
@@ -148,6 +166,7 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
     tracker.open(
         folder.path, progress.step, config.wandb, {**config.as_dict(), "world": world.size, "git": git_revision()}
     )
+    progress.pass_over(past)
     return Run(
         config=config,
         world=world,
@@ -168,6 +187,7 @@ def start_run(config: TrainConfig, stem: str, world: World, terminal: Terminal, 
         tracker=tracker,
         folder=folder,
         facts=facts,
+        resumed_from=resumed_from,
         progress=progress,
     )
 

@@ -21,7 +21,7 @@ from dist_trainer.data.unindexed import SAID
 from dist_trainer.errors import UserError
 from dist_trainer.evaluate import center_crop
 from dist_trainer.plan import Duration, Plan, make_plan
-from dist_trainer.shards.sources import is_class_sorted, match_classes, open_index, prepare_index
+from dist_trainer.shards.sources import is_class_sorted, match_classes, numbering_note, open_index, prepare_index
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,10 @@ def prepare_data(config: TrainConfig) -> dict[str, Any]:
         for name in names
     }
     notes = [note for _, note in found.values() if note]
-    indices = {name: (path, ShardIndex.load(Path(path), verify=False).fingerprint) for name, (path, _) in found.items()}
+    opened = {name: ShardIndex.load(Path(path), verify=False) for name, (path, _) in found.items()}
+    indices = {name: (path, opened[name].fingerprint) for name, (path, _) in found.items()}
+    if "train" in opened and (note := numbering_note(opened["train"], opened["val"])):
+        notes.append(note)
     notes += [decoder_line()] if config.augment.crop is not None else []
     notes += [SAID] if config.data.source == "stream" else []
     return asdict(DataPlace(indices, notes))

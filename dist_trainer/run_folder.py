@@ -33,6 +33,9 @@ class RunConfig:
     """Where run folders are made."""
     name: str = "auto"
     """auto: the config's stem and 8 hex digits of all that changes the result, so that starting again goes on."""
+    timeout: float = 600.0
+    """Seconds without progress after which a rank writes the stacks of its threads to stacks/ and ends; ranks that wait
+    for another one end a minute later."""
     seed: int = 0
     """Of initial weights, order, augmentation and dropout."""
     allow_change: list[str] = field(default_factory=list)
@@ -50,9 +53,9 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 # Not in the run's identity: where things are and how they are spread over machines.
-_PLACEMENT = ("run.dir", "run.name", "run.allow_change", "wandb.", "checkpoint.", "log.", "data.train", "data.val",
-              "data.workers", "data.cache.", "data.retry.", "data.storage_options", "data.max_bad", "eval.bad",
-              "engine.backend", "engine.zero")  # fmt: skip
+_PLACEMENT = ("run.dir", "run.name", "run.allow_change", "run.timeout", "wandb.", "checkpoint.", "log.",
+              "data.train", "data.val", "data.workers", "data.cache.", "data.retry.", "data.storage_options",
+              "data.max_bad", "eval.bad", "engine.backend", "engine.zero")  # fmt: skip
 
 
 def identity(config: dict[str, Any], fingerprint: str) -> dict[str, Any]:

@@ -16,6 +16,14 @@ from dist_trainer.run import Run, finish_run
 MAX_SKIPPED_IN_A_ROW = 20
 
 
+class RollBack(Exception):
+    """The run is to go on after `step`, with the weights of its last checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"after step {step}")
+        self.step = step
+
+
 def train(run: Run) -> str | None:
     """Train from where `run` stands to the end. Returns None, or the name of the signal that stopped it before."""
     plan, sums, progress = run.plan, run.sums, run.progress
@@ -36,11 +44,8 @@ def train(run: Run) -> str | None:
             return sums.stop
         if run.health.over_budget:
             give_up(run, run.health.over_budget)
-        if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise UserError(
-                f"step {progress.step}: the gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in a row; none was "
-                "applied. Lower lr, lengthen lr.warmup.duration, or set engine.clip_grad_norm; then start again"
-            )
+        if progress.skipped_in_a_row:
+            not_finite(run)
     if run.averaging is not None:
         average(run)
     return None
@@ -57,6 +62,21 @@ def train_step(run: Run, step: int, batches: Iterator[Batch]) -> None:
         run.ema.update()
     if not run.health.outage:  # then the step is to be done again, with its data
         run.progress.count(applied)
+
+
+def not_finite(run: Run) -> None:
+    """The last gradient was not, on any rank, and was not applied: do as engine.not_finite says."""
+    policy, progress = run.config.engine.not_finite, run.progress
+    if policy == "roll_back":
+        raise RollBack(progress.step)
+    advice = "Lower lr, lengthen lr.warmup.duration, or set engine.clip_grad_norm; then start again"
+    if policy == "stop":
+        give_up(run, f"its gradient was not finite, and not applied (engine.not_finite: stop). {advice}")
+    if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise UserError(
+            f"step {progress.step}: the gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in a row; none was "
+            f"applied. {advice}"
+        )
 
 
 def give_up(run: Run, reason: str) -> NoReturn:

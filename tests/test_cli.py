@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from helpers import message
+from running import TINY, Session
 
 from dist_trainer.cli import dispatch
 from dist_trainer.errors import UserError
@@ -293,3 +294,20 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         entry = re.search(rf"--{re.escape(key)} \S+(?:, --\S+ \S+)? (.*?)\((?:required, )?type:", text)
         assert entry, f"--{key} has no help"
         assert len(entry[1].split()) >= 2, f"--{key} has no help"
+
+
+def test_one_process_needs_no_launcher(fashion: list[str], tmp_path: Path) -> None:
+    """Fails when DeepSpeed misses a variable that torchrun would have set."""
+    argv = [
+        sys.executable,
+        "-m",
+        "dist_trainer",
+        "train",
+        *TINY,
+        *fashion,
+        "--duration=2step",
+        "--lr.warmup.duration=0step",
+    ]
+    session = Session([*argv, f"--run.dir={tmp_path}", "--run.name=alone"], tmp_path / "log")
+    assert session.wait() == 0, session.log.read_text()
+    assert (tmp_path / "alone" / "STATE").read_text() == "done\n"

@@ -1,8 +1,7 @@
-"""Parameter groups counted by hand and by a peer, optimizers by name and path, and label smoothing in closed form."""
+"""Parameter groups counted by hand and by a peer, and optimizers by name and path."""
 
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -13,9 +12,7 @@ from torch import nn
 
 from dist_trainer.errors import UserError
 from dist_trainer.models import SmallResNet
-from dist_trainer.named import Named
 from dist_trainer.tricks.layer_decay import layers_by_structure, layers_of
-from dist_trainer.tricks.losses import LossConfig, build_loss
 from dist_trainer.tricks.no_decay import is_norm
 from dist_trainer.tricks.optimizers import OptimizerConfig, param_groups
 from dist_trainer.tricks.optimizers import build_optimizer as build_optimizer_at
@@ -359,42 +356,3 @@ def test_optimizers_that_cannot_be_are_refused_with_what_would_do(config: dict[s
     text = message(caught)
     assert text.startswith(said[0])
     assert all(part in text for part in said)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
-def test_label_smoothing_is_the_closed_form(smoothing: float) -> None:
-    """-sum of ((1 - e) onehot + e / K) log softmax, per sample, in NumPy's float64.
-
-    Fails when e is spread over the K - 1 wrong classes, or the mean over the batch is taken.
-    """
-    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)) * 3
-    labels = torch.tensor([0, 1, 2, 3, 4, 0])
-    x = logits.double().numpy()
-    log_softmax = x - np.log(np.exp(x).sum(1, keepdims=True))
-    targets = (1 - smoothing) * np.eye(5)[labels] + smoothing / 5
-    loss = build_loss(LossConfig(label_smoothing=smoothing))(logits, labels)
-    assert loss.shape == (6,)
-    np.testing.assert_allclose(loss.numpy(), -(targets * log_softmax).sum(1), rtol=1e-5)
-
-
-def test_losses_that_cannot_be_are_refused_by_key() -> None:
-    """Fails when smoothing is handed to a loss that has none, or arguments of cross_entropy are dropped in silence."""
-
-    def refused(**config: Any) -> str:
-        with pytest.raises(UserError) as caught:
-            build_loss(LossConfig(**config))
-        return message(caught)
-
-    for bad in (-0.1, 1.0):
-        assert refused(label_smoothing=bad).startswith(f"loss.label_smoothing: {bad}")
-    assert refused(name="torch.nn:BCELoss", label_smoothing=0.1).startswith("loss.label_smoothing: ")
-    assert "did you mean 'cross_entropy'?" in refused(name="cross_entropi")
-    assert "loss.args" in refused(args={"weigth": [1.0]})
-
-
-def test_a_loss_of_the_users_is_built_with_its_arguments() -> None:
-    """Fails when loss.args do not arrive."""
-    config = LossConfig(name="torch.nn:CrossEntropyLoss", args={"reduction": "none", "label_smoothing": 0.1})
-    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
-    assert torch.equal(build_loss(config)(logits, labels), build_loss(LossConfig(label_smoothing=0.1))(logits, labels))
-    assert isinstance(config, Named)

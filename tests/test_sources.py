@@ -19,6 +19,7 @@ from dist_trainer.shards.sources import (
     index_shards,
     is_class_sorted,
     match_classes,
+    numbering_note,
     open_index,
     prepare_index,
 )
@@ -224,6 +225,11 @@ def test_validation_gets_the_class_list_of_training() -> None:
     for names in (NUMBERS[:2], NUMBERS[:3]):
         assert match_classes(train, made([0, 1, 1], names)).samples["label"].tolist() == [0, 1, 1]
     assert match_classes(made([4], NUMBERS), made([0, 3], NUMBERS[:4])).class_names == NUMBERS
+    assert numbering_note(train, made([1], NUMBERS)) == (
+        "data.val: its classes have no names, so their numbers are taken as data.train's: 0 is ant, 1 is bee, ..."
+    )
+    assert numbering_note(made([1], NUMBERS), made([1], NUMBERS[:3])) is None
+    assert numbering_note(train, made([0], ("cat", "ant", "bee"))) is None
     same = made([2], train.class_names)
     assert match_classes(train, same) is same
 

@@ -11,7 +11,7 @@ FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in 
 # From the ground up: a file imports from the floors below, and from its own room.
 FLOORS = [
     [{"errors"}],
-    [{"keyed", "plan", "comm", "named", "processes"}],
+    [{"keyed", "plan", "comm", "named", "processes", "watchdog"}],
     [{"data/"}, {"tricks/"}, {"models"}, {"log/"}],
     [{"shards/"}],
     [
@@ -30,6 +30,7 @@ FLOORS = [
     [{"config", "run_folder"}],
     [{"run", "run_data", "parts", "plan_report", "evaluation_run", "average_run"}, {"arguments"}],
     [{"train"}],
+    [{"train_run"}],
     [{"cli_shards"}],
     [{"cli"}],
     [{"__main__"}],

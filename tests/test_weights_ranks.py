@@ -60,6 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"name": "on-1", "argv": on},
         {"name": "halves", "argv": [*on, "--engine.zero=3"]},
         *({"name": f"eval-{name}", "argv": on, "eval": checkpoint, "of": name} for name in SCORED),
+        {"name": "eval-average_bn", "argv": on, "eval": str(next((folder / "on" / "average").glob("step_*")))},
     ], folder)  # fmt: skip
     run_jobs(4, [{"name": "on-4", "argv": on}], folder)
     return folder
@@ -158,7 +159,7 @@ def test_worlds_and_stages_average_and_re_estimate_alike(runs: Path) -> None:
 
 def test_a_checkpoint_scores_what_the_run_said(runs: Path) -> None:
     """`eval --of` each, on another world. Fails when a file holds other weights or statistics than were scored."""
-    for name, prefix in SCORED.items():
+    for name, prefix in {**SCORED, "average_bn": "val_avg_bn"}.items():
         result = json.loads((runs / f"eval-{name}.json").read_text())
         assert result["correct1"] == round(metrics(runs / "on", f"{prefix}/top1")[-1] * 101)
         assert result["loss"] == pytest.approx(metrics(runs / "on", f"{prefix}/loss")[-1], abs=TOLERANCE)

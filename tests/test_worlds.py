@@ -33,16 +33,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory, fashion: list[str]) -> Path:
     poison = ["--model.args={poison: [6, 1]}"]
     watched = ["--checkpoint.every=1step", "--checkpoint.keep_last=30"]
     scaled = ["--loss.name=tiny:Scaled", "--loss.args={factor: 100}", "--loss.label_smoothing=0", "--lr.peak=0.001"]
+    mixed = ["--mixing.mixup=0.4", "--mixing.cutmix=1", "--mixing.off_last=4step", "--loss.name=bce",
+             "--loss.args={target_threshold: 0.2, sum_classes: true}"]  # fmt: skip
     extensions = {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
 
     run_jobs(1, [
         {"name": "world1", "argv": argv, "record": True},
         {"name": "elastic", "argv": argv, "stop_at": 4},
+        {"name": "mixed1", "argv": [*argv, *mixed]},
     ], folder, **extensions)  # fmt: skip
     weights = str(newest(folder / "world1"))
     run_jobs(3, [
         {"name": "world3", "argv": argv, "record": True},
         {"name": "world3-zero3", "argv": [*argv, "--engine.zero=3"]},
+        {"name": "mixed3", "argv": [*argv, *mixed]},
         {"name": "elastic", "argv": [*argv, "--engine.zero=3"], "stop_at": 9, "stop_rank": 2},
         {"name": "eval3", "argv": argv, "eval": weights},
     ], folder, **extensions)  # fmt: skip
@@ -60,6 +64,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, fashion: list[str]) -> Path:
           for n, name in enumerate(STAGES[:4])),
         {"name": "chain", "argv": argv},
         {"name": "elastic", "argv": [*argv, "--engine.zero=1"], "stop_at": 14},
+        {"name": "mixed2", "argv": [*argv, *mixed]},
+        {"name": "mixed2-resumed", "argv": [*argv, *mixed], "stop_at": 7},
+        {"name": "mixed2-resumed", "argv": [*argv, *mixed]},
         {"name": "eval2", "argv": argv, "eval": weights},
     ], folder, **extensions)  # fmt: skip
     run_jobs(4, [
@@ -113,6 +120,24 @@ def test_losses_weights_and_bn_statistics_do_not_depend_on_the_world(runs: Path,
     assert all(abs(a - b) < TOLERANCE for a, b in zip(one, other, strict=True))
     assert furthest(runs / "world1", runs / name) < TOLERANCE
     assert furthest(runs / "world1", runs / name, "optim") < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["mixed2", "mixed3"])
+def test_mixing_does_not_depend_on_the_world(runs: Path, name: str) -> None:
+    """Mixup, CutMix and a loss that is not linear in its targets, until four steps before the end.
+
+    Mutations: draw by rank, or by the number of draws so far.
+    """
+    one, other = metrics(runs / "mixed1", "train/loss"), metrics(runs / name, "train/loss")
+    assert len(one) == 20
+    assert all(abs(a - b) < TOLERANCE for a, b in zip(one, other, strict=True))
+    assert furthest(runs / "mixed1", runs / name) < TOLERANCE
+
+
+def test_a_resumed_run_mixes_as_the_one_that_was_not_stopped(runs: Path) -> None:
+    """Bit for bit. Mutation: a generator that lives as long as the process."""
+    assert metrics(runs / "mixed2-resumed", "train/loss") == metrics(runs / "mixed2", "train/loss")
+    assert furthest(runs / "mixed2-resumed", runs / "mixed2") == 0
 
 
 def test_weights_really_move(runs: Path) -> None:
@@ -189,7 +214,7 @@ def test_a_run_handed_from_stage_to_stage_is_the_run_that_was_not(runs: Path) ->
     assert furthest(runs / "zero0", runs / "chain") == 0
     assert furthest(runs / "zero0", runs / "chain", "optim") == 0
     assert metrics(runs / "chain", "train/loss") == metrics(runs / "zero0", "train/loss")
-    assert metrics(runs / "chain", "step") == [*range(1, 21), 20]
+    assert metrics(runs / "chain", "step") == [*range(1, 21), 20, 20]  # validation, training samples
 
 
 def test_a_run_handed_from_world_to_world_is_the_same_run(runs: Path) -> None:

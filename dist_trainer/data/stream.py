@@ -24,6 +24,7 @@ from dist_trainer.data.unindexed import StreamSpec, TarStream
 from dist_trainer.errors import LocalError, UserError
 from dist_trainer.plan import Plan
 from dist_trainer.processes import cores
+from dist_trainer.watchdog import beat
 
 
 def num_workers(config: DataConfig, world: World) -> int:
@@ -83,6 +84,7 @@ def _arrived(batch: Batch, done: torch.Event) -> Batch:
 
 
 def _checked(batch: Batch) -> Batch:
+    beat()
     if batch.problem:
         raise LocalError(batch.problem)
     return batch

@@ -91,5 +91,13 @@ def match_classes(train: ShardIndex, val: ShardIndex) -> ShardIndex:
     return replace(val, samples=samples, class_names=train.class_names)
 
 
+def numbering_note(train: ShardIndex, val: ShardIndex) -> str | None:
+    """What `match_classes` takes on trust, if anything: numbers alone cannot be held against names."""
+    if not _are_numbers(val.class_names) or _are_numbers(train.class_names):
+        return None
+    pairs = ", ".join(f"{number} is {name}" for number, name in enumerate(train.class_names[:2]))
+    return f"data.val: its classes have no names, so their numbers are taken as data.train's: {pairs}, ..."
+
+
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

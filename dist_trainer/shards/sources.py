@@ -12,7 +12,7 @@ from dist_trainer.data.storage import RetryConfig, Storage, is_remote
 from dist_trainer.errors import LocalError, UserError
 from dist_trainer.processes import cores
 from dist_trainer.shards.build import ShardSet, build_index
-from dist_trainer.shards.classes import CLASSES, is_class_sorted, match_classes, read_classes
+from dist_trainer.shards.classes import CLASSES, is_class_sorted, match_classes, numbering_note, read_classes
 from dist_trainer.shards.freshness import check_content, check_shards, is_current
 from dist_trainer.shards.labels import LabelRule
 from dist_trainer.shards.locate import INDEX_SUFFIX, Place, locate, rooted
@@ -23,6 +23,7 @@ __all__ = [
     "index_shards",
     "is_class_sorted",
     "match_classes",
+    "numbering_note",
     "open_index",
     "prepare_index",
 ]

@@ -6,25 +6,49 @@ torchrun gradient.py OUT.json ARGV...: writes {"backend step": largest differenc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from dist_trainer import arguments, comm
-from dist_trainer.data.stream import SlotAddress
+from dist_trainer.data.batch import Batch, SlotAddress
+from dist_trainer.engine import State
 from dist_trainer.log.console import Terminal
 from dist_trainer.run import Run, finish_run, start_run
 
-TAIL = 937  # 60,000 = 937 * 64 + 32: half of this step is masked
+TAIL = 234  # 60,000 = 234 * 256 + 96: of four micro-batches of 64, one whole, one half masked, two masked
+
+
+def loss_by_hand(run: Run, weights: State, batch: Batch) -> torch.Tensor:
+    """Sum over one micro-batch, every sample mixed with its partner by indexing; by smoothed labels, one at a time."""
+    address: Any = batch.address
+    mix = run.engine._mixing.draw(address.step, address.slot, batch.images.shape)
+    smoothing, size = run.config.loss.label_smoothing, len(batch.labels)
+    partner = [(i - mix.shift) % size for i in range(size)]
+    images = run.engine._prepare(batch.images)
+    keep: torch.Tensor | float = mix.share
+    if mix.box is not None:
+        keep = torch.ones_like(images)
+        keep[:, :, mix.box[0] : mix.box[1], mix.box[2] : mix.box[3]] = 0
+    images = keep * images + (1 - keep) * images[partner]
+    logits = torch.func.functional_call(run.engine.module, weights, images)
+    own, other = (
+        F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+        for labels in (batch.labels, batch.labels[partner])
+    )
+    return (mix.share * batch.weight * own + (1 - mix.share) * batch.weight[partner] * other).sum()
 
 
 def main() -> None:
     out, argv = Path(sys.argv[1]), sys.argv[2:]
     world = comm.init()
-    result = {}
-    for backend in ("torch", "deepspeed"):
-        name = [f"--engine.backend={backend}", f"--run.dir={out.parent}", f"--run.name=gradient-{backend}"]
-        config, _ = arguments.parse_config(arguments.new_parser("train", ""), [*argv, *name])
+    result: dict[str, Any] = {}
+    mixing = ["--mixing.mixup=1", "--mixing.cutmix=1"]
+    for title, more in {"torch": [], "deepspeed": [], "torch mixed": mixing}.items():
+        backend = title.split(" ", maxsplit=1)[0]
+        name = [f"--engine.backend={backend}", f"--run.dir={out.parent}", f"--run.name={title.replace(' ', '-')}"]
+        config, _ = arguments.parse_config(arguments.new_parser("train", ""), [*argv, *more, *name])
         run = start_run(config, "gradient", world, Terminal(active=False), comm.StopRequest())
         assert isinstance(run, Run)
         model = run.engine.module.eval()  # batch-norm frozen, no dropout: the loss is a plain mean over samples
@@ -37,17 +61,15 @@ def main() -> None:
             reduced = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
             batches = [run.stream._samples[SlotAddress(step, slot)] for slot in range(run.plan.num_slots)]
-            images = torch.cat([b.images for b in batches])
-            keep = torch.cat([b.weight for b in batches]) > 0
-            labels = torch.cat([b.labels for b in batches])[keep]
+            valid = int(sum(batch.weight.sum() for batch in batches))
             weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-            buffers = dict(model.named_buffers())
-            logits = torch.func.functional_call(model, {**weights, **buffers}, run.engine._prepare(images)[keep])
-            loss = F.cross_entropy(logits, labels, label_smoothing=config.loss.label_smoothing)
+            state = {**weights, **dict(model.named_buffers())}
+            loss = torch.stack([loss_by_hand(run, state, batch) for batch in batches]).sum() / valid
             whole = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
             scale = max(float(g.abs().max()) for g in whole.values())
-            result[f"{backend} {step}"] = max(float((reduced[n] - whole[n]).abs().max()) for n in whole) / scale
-            result[f"{backend} {step} samples"] = int(keep.sum())
+            result[f"{title} {step}"] = max(float((reduced[n] - whole[n]).abs().max()) for n in whole) / scale
+            result[f"{title} {step} samples"] = valid
+            result[f"{title} {step} fc"] = whole["fc.weight"].flatten().tolist()
             run.engine.step()
         finish_run(run, "test")
     if world.is_main:

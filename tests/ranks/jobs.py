@@ -60,6 +60,7 @@ def observe(run: Run, stop: comm.StopRequest, job: dict[str, Any], folder: Path)
     run.engine.forward_backward = watched  # type: ignore[method-assign]
     if job.get("weights"):
         log_weights(run, folder / f"{job['name']}-weights")
+        check_what_is_left(run)
     if "kill_in" in job:
         kill_in(run, *job["kill_in"])
 
@@ -87,6 +88,21 @@ def log_weights(run: Run, folder: Path) -> None:
             save_file({"running": torch.stack(rows)}, f"{folder}-statistics.safetensors")
 
     run.batch_norm.update = updated  # type: ignore[method-assign]
+
+
+def check_what_is_left(run: Run) -> None:
+    """Behind every block that holds other weights the module has the running statistics of training again."""
+    held = run.weights.held
+
+    @contextlib.contextmanager
+    def checked(name: str, state: Any = None) -> Iterator[None]:
+        with held(name, state):
+            yield
+        left = run.engine.module.state_dict()
+        for key, value in run.batch_norm.named(run.batch_norm.running).items():
+            assert torch.equal(left[key], value), f"{key} of {name} was left in the module"
+
+    run.weights.held = checked  # type: ignore[method-assign]
 
 
 def kill_in(run: Run, what: str, nth: int) -> None:
@@ -117,9 +133,8 @@ def main() -> None:
         config, _ = arguments.parse_config(parser, [*job["argv"], f"--run.dir={folder}", f"--run.name={job['name']}"])
         stop = comm.StopRequest()
         if "late" in job:
-            comm._BEAT_S = 0.5
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=2))
-            said = comm.on_main(replace(world, host_group=group), lambda: time.sleep(5) or "done")  # type: ignore[func-returns-value]
+            said = comm.on_main(replace(world, host_group=group, beat_s=0.5), lambda: time.sleep(5) or "done")  # type: ignore[func-returns-value]
             (folder / f"{job['name']}-rank{world.rank}.txt").write_text(said)
             continue
         if "eval" in job:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -75,3 +76,24 @@ def seen_by_webdataset(sample: dict[str, Any]) -> dict[str, Any]:
     amount = random.randrange(1, 40) + int(np.random.randint(1, 40)) + int(torch.randint(1, 40, ()))
     image = decode(sample["image"], 1)
     return {**sample, "image": (image // 2 + amount).clamp_max(255).to(torch.uint8)}
+
+
+def hangs_on_rank_1(sample: dict[str, Any]) -> dict[str, Any]:
+    """A stage that never comes back from its fortieth sample on one rank."""
+    global _num_seen  # noqa: PLW0603
+    _num_seen += 1
+    if _num_seen == 40 and os.environ["RANK"] == "1":
+        threading.Event().wait()
+    return sample
+
+
+_num_seen = 0
+
+
+class Hungry(SmoothNet):
+    """Asks for a pebibyte in its ninth training forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and self.num_forwards == 8:
+            torch.empty(2**50, dtype=torch.uint8)
+        return super().forward(x)
