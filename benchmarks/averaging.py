@@ -30,6 +30,7 @@ from dist_trainer.inference import Preprocess
 from dist_trainer.plan import BatchConfig, Duration, make_plan
 from dist_trainer.tricks.ema import Ema, EmaConfig
 from dist_trainer.tricks.losses import LossConfig, build_loss
+from dist_trainer.tricks.mixing import Mixing, MixingConfig
 from dist_trainer.tricks.precise_bn import re_estimate
 
 DECAY = 0.9999
@@ -43,7 +44,8 @@ def engine_of(world: comm.World, zero: int) -> Any:
     preprocess = Preprocess(mean=[0.5] * 3, std=[0.5] * 3, channels_last=False)
     config = EngineConfig(backend="deepspeed" if zero else "torch", zero=zero, precision="fp32")  # type: ignore[arg-type]
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    return build_engine(config, model, optimizer, build_loss(LossConfig()), plan, world, preprocess, 0)
+    mixing = Mixing(MixingConfig(), plan, 0)
+    return build_engine(config, model, optimizer, build_loss(LossConfig()), mixing, plan, world, preprocess, 0)
 
 
 def ema_figures(world: comm.World, rounds: int) -> Figures:

@@ -73,8 +73,11 @@ def test_the_slice_is_each_chosen_sample_once_as_evaluation_sees_it(tmp_path: Pa
     assert seen != sorted(seen)
 
 
+GREY = ["--data.channels=1", "--data.mean=[0.5]", "--data.std=[0.5]"]
+
+
 def config_of(*argv: str) -> TrainConfig:
-    words = ["--data.train=t", "--data.val=v", "--lr.base=0.1", "--model.name=tiny:SmoothNet", *argv]
+    words = ["--data.train=t", "--data.val=v", "--lr.base=0.1", "--model.name=tiny:SmoothNet", *GREY, *argv]
     return parse_config(new_parser("train", ""), words)[0]
 
 

@@ -1,4 +1,4 @@
-"""Parameter groups counted by hand and by a peer, optimizers by name and path."""
+"""Parameter groups counted by hand and by a peer, and optimizers by name and path."""
 
 from typing import Any
 

@@ -31,7 +31,8 @@ from dist_trainer.plan import BatchConfig, Duration, make_plan
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema, EmaConfig
 from dist_trainer.tricks.freezing import freeze
-from dist_trainer.tricks.losses import cross_entropy
+from dist_trainer.tricks.losses import CrossEntropy
+from dist_trainer.tricks.mixing import Mixing, MixingConfig
 from dist_trainer.tricks.optimizers import OptimizerConfig, build_optimizer
 
 STEPS, SLOTS, MICRO, CLASSES = 5, 4, 8, 10
@@ -123,7 +124,8 @@ class Case:
         optimizer = build_optimizer(self.config, model, self.rate, zero)
         config = EngineConfig(backend="torch" if way == "torch" else "deepspeed", zero=zero, precision="fp32")  # type: ignore[arg-type]
         preprocess = Preprocess(mean=[0.5], std=[0.3], channels_last=True)
-        return build_engine(config, model, optimizer, cross_entropy(), self.plan, self.world, preprocess, 0)
+        mixing = Mixing(MixingConfig(), self.plan, 0, None)
+        return build_engine(config, model, optimizer, CrossEntropy(), mixing, self.plan, self.world, preprocess, 0)
 
     def steps(self, engine: Engine, steps: range) -> dict[str, torch.Tensor]:
         """Model and optimizer state after these steps; where something is frozen, also the moving average."""
