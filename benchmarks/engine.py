@@ -42,7 +42,8 @@ from dist_trainer.train import train_step
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.learning_rate import LearningRate, LearningRateConfig
 from dist_trainer.tricks.losses import LossConfig, build_loss
-from dist_trainer.tricks.optimizers import OptimizerConfig, build_optimizer, decay_groups
+from dist_trainer.tricks.mixing import Mixing, MixingConfig
+from dist_trainer.tricks.optimizers import OptimizerConfig, build_optimizer, param_groups
 
 MODELS = {
     # name: (model, its arguments, channels, pixels, samples per rank, steps per side and round, the same when quick)
@@ -73,7 +74,7 @@ def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[in
 
     def bare() -> Callable[[int], None]:
         model = build_model(config, 10, 0).to(world.device).to(memory_format=torch.channels_last)
-        groups = decay_groups(model, optimizer.weight_decay, optimizer.no_decay)
+        groups = param_groups(model, optimizer.weight_decay, optimizer.no_decay)
         sgd = torch.optim.SGD(groups, lr=0.01, **optimizer.args)
         ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -100,8 +101,9 @@ def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[in
         engine = build_engine(
             EngineConfig(backend=backend, zero=zero, precision=precision),  # type: ignore[arg-type]
             model,
-            build_optimizer(optimizer, model),
+            build_optimizer(optimizer, model, 0.01, zero),
             build_loss(LossConfig(label_smoothing=0.1)),
+            Mixing(MixingConfig(), plan, 0),
             plan,
             world,
             Preprocess(mean=[MEAN] * channels, std=[STD] * channels, channels_last=True),
@@ -111,8 +113,9 @@ def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[in
         run: Any = SimpleNamespace(
             engine=engine,
             learning_rate=LearningRate(LearningRateConfig(peak=0.01), plan),
+            ema=None,
             meter=meter,
-            sums=StepSums(plan, batch_norm, meter, health, Path(os.devnull), StopRequest(), world),
+            sums=StepSums(plan, batch_norm, None, meter, health, Path(os.devnull), StopRequest(), world),
             health=health,
             progress=Progress(),
         )

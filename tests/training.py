@@ -18,6 +18,7 @@ from dist_trainer.plan import BatchConfig, Duration, make_plan
 from dist_trainer.torch_engine import TorchEngine
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.losses import LossConfig, build_loss
+from dist_trainer.tricks.mixing import Mixing, MixingConfig
 from dist_trainer.tricks.optimizers import OptimizerConfig, build_optimizer
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -58,8 +59,8 @@ def build(model: nn.Module, *, lr: float = 1e-3, channels: int = 3, **engine: An
     batch = BatchConfig(global_batch=MICRO_BATCH * NUM_SLOTS, micro_batch=MICRO_BATCH)
     plan = make_plan(batch, Duration.parse("9step", "duration"), world=1, num_samples=800)
     preprocess = Preprocess(mean=[0.5] * channels, std=[0.25] * channels, channels_last=True)
-    optimizer = build_optimizer(OptimizerConfig(), model)
-    built = TorchEngine(model, optimizer, build_loss(LossConfig()), config, plan, ALONE, preprocess, 7)
+    optimizer, mixing = build_optimizer(OptimizerConfig(), model, lr, 0), Mixing(MixingConfig(), plan, 7)
+    built = TorchEngine(model, optimizer, build_loss(LossConfig()), mixing, config, plan, ALONE, preprocess, 7)
     built.set_lr(lr)
     return built
 
