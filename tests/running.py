@@ -97,13 +97,20 @@ def torchrun(world: int, *argv: str, restarts: int = 0) -> list[str]:
     ]  # fmt: skip
 
 
-def run_jobs(world: int, jobs: list[dict[str, Any]], folder: Path, survives: bool = True, **environment: str) -> None:
+def run_jobs(
+    world: int,
+    jobs: list[dict[str, Any]],
+    folder: Path,
+    survives: bool = True,
+    seconds: float = 150,
+    **environment: str,
+) -> None:
     """Run every job of tests/ranks/jobs.py in one start of `world` ranks; run folders appear in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"jobs-{world}.json"
     file.write_text(json.dumps(jobs))
     session = Session(torchrun(world, str(RANKS / "jobs.py"), str(file), str(folder)), folder / "log", **environment)
-    status = session.wait(timeout=150)
+    status = session.wait(timeout=seconds)
     assert (status == 0) == survives, session.log.read_text()[-6000:]
 
 

@@ -201,6 +201,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, fashion: list[str]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blocks", "blocks-zero3", "deterministic", "deterministic-zero3"])
 def test_ranks_get_the_same_bits(runs: Path, name: str) -> None:
     """Gradient checkpointing and determinism against the same stage without: loss, weights, statistics, momentum.
@@ -216,6 +217,7 @@ def test_ranks_get_the_same_bits(runs: Path, name: str) -> None:
     assert metrics(runs / name, "train/loss") == metrics(runs / plain, "train/loss")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["compiled", "compiled-zero2"])
 def test_ranks_compile_to_the_same_run(runs: Path, name: str) -> None:
     """At ZeRO 0 and 2, with accumulation: names equal, values within 1e-5. Fails when a rank's gradients are not

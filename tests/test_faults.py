@@ -88,6 +88,7 @@ def test_killed_at_random_and_resumed_is_the_run_that_was_not(
     assert_same_end(run, undisturbed)
 
 
+@pytest.mark.slow  # test_worlds.py stops runs in one start with others; here it is by real signals
 def test_ctrl_c_and_sigterm_stop_at_the_next_step_and_say_how_to_go_on(
     argv: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
