@@ -170,6 +170,9 @@ def test_layers_of_torchvisions_networks_are_those_that_one_would_count() -> Non
     vgg = spans(build("torchvision/vgg11_bn"))  # 8 convolutions, each with its batch-norm; three linear layers
     assert vgg[0] == ("features.0", "features.1") and vgg[8] == ("classifier.0", "classifier.6") and len(vgg) == 9
 
+    dense = spans(build("torchvision/densenet121"))  # stem, 4 dense blocks with 3 transitions between, classifier
+    assert dense[2] == ("features.transition1.norm", "features.transition1.conv") and len(dense) == 9
+
     own = spans(SmallResNet())
     assert own[0] == ("stem", "stem") and own[3] == ("blocks.2.bn1", "bn") and own[4] == ("fc", "fc") and len(own) == 5
 
@@ -216,6 +219,12 @@ def test_tied_parameters_are_in_one_group_once_and_frozen_ones_in_none() -> None
     decayed, free = groups_of(model)
     assert [id(p) for p in decayed] == [id(model["a"].weight)]
     assert {id(p) for p in free} == {id(model["a"].bias), id(model["b"].bias)}
+
+    shared = nn.ParameterDict({"scale": nn.Parameter(torch.ones(3))})
+    norm = nn.LayerNorm(3)
+    norm.weight = shared["scale"]
+    decayed, free = groups_of(nn.ModuleList([shared, norm]))  # what one of its modules frees is free
+    assert not decayed and len(free) == 2
 
 
 def test_optimizers_are_built_by_name_and_by_path() -> None:
