@@ -10,6 +10,7 @@ from helpers import message
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
+from dist_trainer.engine import EngineConfig
 from dist_trainer.errors import UserError
 from dist_trainer.models import SmallResNet
 from dist_trainer.tricks.layer_decay import layers_by_structure, layers_of
@@ -334,6 +335,17 @@ def test_lars_and_lamb_need_decay_or_are_told_to_adapt_all() -> None:
             build_optimizer(OptimizerConfig(name=name), nn.Linear(2, 2))
         assert "always_adapt: true" in message(caught)
         build_optimizer(OptimizerConfig(name=name, args={"always_adapt": True}), nn.Linear(2, 2))
+
+
+def test_engines_that_cannot_be_are_refused() -> None:
+    """A gradient is not scaled to nothing, and DDP is stage 0. Fails when `plan` learns of it from `train`."""
+    for clip in (0.0, -1.0, float("nan")):
+        with pytest.raises(UserError) as caught:
+            EngineConfig(clip_grad_norm=clip).check()
+        assert message(caught) == f"engine.clip_grad_norm: {clip} is not positive; null does not clip"
+    with pytest.raises(UserError, match="needs engine[.]backend"):
+        EngineConfig(backend="torch", zero=1).check()
+    EngineConfig(clip_grad_norm=1.0, zero=3).check()
 
 
 @pytest.mark.parametrize(
