@@ -343,7 +343,7 @@ def test_engines_that_cannot_be_are_refused() -> None:
         with pytest.raises(UserError) as caught:
             EngineConfig(clip_grad_norm=clip).check()
         assert message(caught) == f"engine.clip_grad_norm: {clip} is not positive; null does not clip"
-    with pytest.raises(UserError, match="needs engine[.]backend"):
+    with pytest.raises(UserError, match=r"needs engine\.backend"):
         EngineConfig(backend="torch", zero=1).check()
     EngineConfig(clip_grad_norm=1.0, zero=3).check()
 
