@@ -112,7 +112,7 @@ def check_element_wise(
     states = [(part, encode(optimizer.state.get(part, {}), whose)) for part in parts]
     first = states[0][1]
     if any(changed(optimizer, built)) or any(
-        value.shape != part.shape if value.dim() else bool(value != first[key])
+        value.shape != part.shape if value.dim() else key not in first or bool(value != first[key])
         for part, state in states
         for key, value in state.items()
     ):

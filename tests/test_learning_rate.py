@@ -195,12 +195,11 @@ def test_the_last_steps_come_near_the_end_and_never_below() -> None:
     assert [falling(step) / 0.4 for step in (0, 5, 10, 99)] == pytest.approx([1, 0.5**0.5, 0.5, 0.5**9.9])
 
 
-def test_a_third_of_an_epoch_is_stairs_of_whole_steps() -> None:
-    """5 steps an epoch, stairs every 0.2 epoch: each step is one. Fails when 3 x 0.2 x 5 falls below 3."""
-    rate = rate_of(
-        warmup="0ep", schedule=Named(name="exponential", args={"gamma": 0.9, "every": "0.2ep", "staircase": True})
-    )
-    assert [rate(step) / 0.4 for step in range(30)] == pytest.approx([0.9**step for step in range(30)])
+def test_stairs_of_parts_of_an_epoch_are_where_they_should_be() -> None:
+    """1.36 epochs of 5 steps: the fifth stair is at step 34. Fails when 34 / 6.8 is taken for 4.999..., its floor."""
+    args = {"gamma": 0.9, "every": "1.36ep", "staircase": True}
+    rate = rate_of(warmup="0ep", schedule=Named(name="exponential", args=args))
+    assert [rate(step) / 0.4 for step in (6, 7, 33, 34)] == pytest.approx([1, 0.9, 0.9**4, 0.9**5])
 
 
 def test_schedules_that_cannot_be_are_refused_by_key() -> None:

@@ -10,6 +10,7 @@ from helpers import message
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
+from dist_trainer.engine import EngineConfig
 from dist_trainer.errors import UserError
 from dist_trainer.models.small_resnet import SmallResNet
 from dist_trainer.tricks.layer_decay import layers_by_structure, layers_of
@@ -170,6 +171,9 @@ def test_layers_of_torchvisions_networks_are_those_that_one_would_count() -> Non
     vgg = spans(build("torchvision/vgg11_bn"))  # 8 convolutions, each with its batch-norm; three linear layers
     assert vgg[0] == ("features.0", "features.1") and vgg[8] == ("classifier.0", "classifier.6") and len(vgg) == 9
 
+    dense = spans(build("torchvision/densenet121"))  # stem, 4 dense blocks with 3 transitions between, classifier
+    assert dense[2] == ("features.transition1.norm", "features.transition1.conv") and len(dense) == 9
+
     own = spans(SmallResNet())
     assert own[0] == ("stem", "stem") and own[3] == ("blocks.2.bn1", "bn") and own[4] == ("fc", "fc") and len(own) == 5
 
@@ -216,6 +220,12 @@ def test_tied_parameters_are_in_one_group_once_and_frozen_ones_in_none() -> None
     decayed, free = groups_of(model)
     assert [id(p) for p in decayed] == [id(model["a"].weight)]
     assert {id(p) for p in free} == {id(model["a"].bias), id(model["b"].bias)}
+
+    shared = nn.ParameterDict({"scale": nn.Parameter(torch.ones(3))})
+    norm = nn.LayerNorm(3)
+    norm.weight = shared["scale"]
+    decayed, free = groups_of(nn.ModuleList([shared, norm]))  # what one of its modules frees is free
+    assert not decayed and len(free) == 2
 
 
 def test_optimizers_are_built_by_name_and_by_path() -> None:
@@ -325,6 +335,17 @@ def test_lars_and_lamb_need_decay_or_are_told_to_adapt_all() -> None:
             build_optimizer(OptimizerConfig(name=name), nn.Linear(2, 2))
         assert "always_adapt: true" in message(caught)
         build_optimizer(OptimizerConfig(name=name, args={"always_adapt": True}), nn.Linear(2, 2))
+
+
+def test_engines_that_cannot_be_are_refused() -> None:
+    """A gradient is not scaled to nothing, and DDP is stage 0. Fails when `plan` learns of it from `train`."""
+    for clip in (0.0, -1.0, float("nan")):
+        with pytest.raises(UserError) as caught:
+            EngineConfig(clip_grad_norm=clip).check()
+        assert message(caught) == f"engine.clip_grad_norm: {clip} is not positive; null does not clip"
+    with pytest.raises(UserError, match=r"needs engine\.backend"):
+        EngineConfig(backend="torch", zero=1).check()
+    EngineConfig(clip_grad_norm=1.0, zero=3).check()
 
 
 @pytest.mark.parametrize(

@@ -75,12 +75,13 @@ def test_frozen_layers_are_averaged_held_and_saved_at_every_stage(result: dict[s
 
 
 def test_state_that_cannot_be_right_or_saved_ends_the_run_at_its_first_step(result: dict[str, dict[str, Any]]) -> None:
-    """A norm per tensor is fine at ZeRO 0, and that of a flat piece is wrong; a list fits no checkpoint.
+    """A norm per tensor is fine at ZeRO 0, and that of a flat piece is wrong; ZeRO 3 steps groups one after another, so
+    what they count is wrong too; a list fits no checkpoint.
 
     Fails when a save finds out, an epoch later, or nobody does.
     """
     assert result["tiny:NormKeeper torch"] == {}
-    assert result["tiny:NormKeeper zero1"]["refused"].startswith(
-        "engine.zero: 1 cuts weights into flat pieces, and Norm"
-    )
+    for name, zero in (("NormKeeper", 1), ("GroupKeeper", 3)):
+        said = result[f"tiny:{name} zero{zero}"]["refused"]
+        assert said.startswith(f"engine.zero: {zero} cuts weights into flat pieces, and {name} keeps state that")
     assert result["tiny:ListKeeper torch"]["refused"].startswith("optimizer.name: ListKeeper keeps 'history' as a list")

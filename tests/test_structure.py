@@ -15,16 +15,8 @@ FLOORS = [
     [{"data/"}, {"tricks/"}, {"models/"}, {"log/"}],
     [{"shards/"}],
     [
-        {
-            "inference",
-            "optimizer_state",
-            "engine",
-            "torch_engine",
-            "deepspeed_engine",
-            "engines",
-            "zero_state",
-            "weights",
-        }
+        {"inference", "engine", "torch_engine", "deepspeed_engine", "engines", "zero_state", "weights"}
+        | {"optimizer_state"}
         | {"checkpoint", "snapshots", "average", "evaluate", "step_sums"}
     ],
     [{"config", "run_folder"}],

@@ -254,7 +254,12 @@ def main() -> None:
     for name, layer_decay, frozen in cases:
         label = name + (" layers" if layer_decay != 1.0 else "") + (" frozen" if frozen else "")
         result[label] = run(world, name, layer_decay, frozen, out.parent)
-    for name, way in (("tiny:NormKeeper", "torch"), ("tiny:NormKeeper", "zero1"), ("tiny:ListKeeper", "torch")):
+    for name, way in (
+        ("tiny:NormKeeper", "torch"),
+        ("tiny:NormKeeper", "zero1"),
+        ("tiny:GroupKeeper", "zero3"),
+        ("tiny:ListKeeper", "torch"),
+    ):
         try:
             Case(world, OptimizerConfig(name=name), 0.1, []).whole(way)
             result[f"{name} {way}"] = {}

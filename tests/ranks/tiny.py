@@ -48,6 +48,15 @@ class NormKeeper(torch.optim.SGD):
                 self.state[parameter]["norm"] = parameter.grad.norm()
 
 
+class GroupKeeper(torch.optim.SGD):
+    """Counts in its groups."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+
+
 class ListKeeper(torch.optim.SGD):
     """Keeps what no safetensors file holds."""
 
