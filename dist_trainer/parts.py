@@ -78,6 +78,10 @@ def build_parts(config: TrainConfig, train: ShardIndex | int, num_classes: int, 
     config.engine.check()
     if config.model.sync_bn:
         check_sync_bn(plan)
+        if config.model.freeze:
+            raise UserError(
+                "model.sync_bn: frozen batch-norm layers see no other ranks; set it to false with model.freeze"
+            )
     rate = LearningRate(config.lr, plan)
     model = build_model(config.model, num_classes, config.run.seed)
     freeze(model, config.model.freeze)

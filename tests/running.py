@@ -102,7 +102,7 @@ def run_jobs(
     jobs: list[dict[str, Any]],
     folder: Path,
     survives: bool = True,
-    seconds: float = 150,
+    seconds: float = 300,
     **environment: str,
 ) -> None:
     """Run every job of tests/ranks/jobs.py in one start of `world` ranks; run folders appear in `folder`."""
