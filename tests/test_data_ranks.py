@@ -257,6 +257,7 @@ def test_over_the_budget_all_ranks_stop_and_a_larger_one_goes_on(sets: Path, run
     assert all((ours[key].float() - theirs[key].float()).abs().max() < TOLERANCE for key in ours)
 
 
+@pytest.mark.slow  # half a minute of waiting; test_samples.py has the same for one rank
 def test_storage_that_stays_away_stops_all_ranks_and_loses_no_step(
     sets: Path, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

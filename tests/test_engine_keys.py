@@ -69,7 +69,10 @@ def kept_bytes(model: nn.Module, checkpointed: bool) -> int:
     return sum(seen.values())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+QUICK = ("small_resnet", "timm/vit_tiny_patch16_224", "timm/mobilenetv3_small_050")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS])
 def test_checkpointed_gradients_and_statistics_are_the_same_bits(name: str, alone: None) -> None:
     """Losses, gradients, weights, running statistics and their counters of two steps, dropout and drop-path on.
 
@@ -155,6 +158,7 @@ def test_compiled_training_differs_by_rounding_alone(alone: None) -> None:
     assert counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_is_refused_in_one_line(tmp_path: Path) -> None:
     """By the command line, before the first step. Fails when torch's traceback comes through."""
     argv = ["train", *TINY, f"--data.train={FASHION / 'train'}", f"--data.val={FASHION / 'val'}"]

@@ -137,7 +137,10 @@ def test_our_own_networks_have_no_last_gamma() -> None:
         assert all(bool((layer.weight == 1).all()) for layer in layers)
 
 
-@pytest.mark.parametrize("name", [*NAMES, *OWN])
+QUICK = ("resnet18", "mobilenet_v1_x0_25", "mobilenet_v2_x0_25", "mobilenet_v3_small", "small_resnet")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in (*NAMES, *OWN)])
 def test_each_network_trains_one_step(name: str, alone: None) -> None:
     """Finite losses; every parameter gets a gradient and moves; every batch-norm layer's statistics leave their start.
 
@@ -170,7 +173,7 @@ RATES = [
     ("timm/resnet18", {"zero_init_last": False}, "dropout"),
     ("timm/resnet18", {"zero_init_last": False}, "drop_path"),
     ("mobilenet_v3_small", {}, "dropout"),
-    ("efficientnet_b0", {"dropout": 0.0}, "drop_path"),
+    pytest.param("efficientnet_b0", {"dropout": 0.0}, "drop_path", marks=pytest.mark.slow),
 ]
 
 
