@@ -32,6 +32,10 @@ $(VENV)/installed: pyproject.toml constraints.txt hatch_build.py dist_trainer/da
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
+	@if ! command -v g++ >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    (apt-get install -y -qq g++ || (apt-get update -qq; apt-get install -y -qq g++)) >/dev/null 2>&1 || true; \
+	  else echo "tests of engine.compile will be skipped: no C++ compiler (Debian: g++)"; fi; fi
 	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
 	touch $@
 

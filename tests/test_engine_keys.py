@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -121,6 +122,7 @@ class Small(nn.Module):
         return output
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="engine.compile needs g++")
 def test_compiled_training_differs_by_rounding_alone(alone: None) -> None:
     """Three steps against uncompiled ones: losses, gradients, weights, running statistics within 1e-5, dropout on.
 
@@ -221,6 +223,7 @@ def test_ranks_get_the_same_bits(runs: Path, name: str) -> None:
     assert metrics(runs / name, "train/loss") == metrics(runs / plain, "train/loss")
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="engine.compile needs g++")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["compiled", "compiled-zero2"])
 def test_ranks_compile_to_the_same_run(runs: Path, name: str) -> None:
