@@ -269,9 +269,11 @@ def _ls(argv: list[str]) -> int:
         return 0
     if argv:
         raise UserError(f"ls: {argv[0]!r}: there is `ls`, of the shipped configs and scripts, and `ls models`")
-    for name, path in _shipped().items():
+    files = _shipped()
+    width = max(len(name) for name in files) + 2
+    for name, path in files.items():
         first = next((line.lstrip("# ").strip() for line in path.read_text().splitlines() if line.startswith("# ")), "")
-        print(f"{name:<28} {first}")
+        print(f"{name:<{width}}{first}")
     return 0
 
 

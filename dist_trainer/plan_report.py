@@ -60,7 +60,8 @@ def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         "model": f"{f['parameters']:,} parameters",
         "world": f"{f['world']} ranks (legal: {f['legal_worlds']}; even: {', '.join(map(str, f['full_worlds']))})",
         "step": f"{f['global_batch']} samples = {f['micro_batches_per_step']} micro-batches of {f['micro_batch']}; "
-        f"{f['forwards_per_rank']} forwards per rank, {f['efficiency']:.0%} efficient",
+        f"{f['forwards_per_rank']} forward{'s' if f['forwards_per_rank'] > 1 else ''} per rank, "
+        f"{f['efficiency']:.0%} efficient",
         "epoch": f"{f['num_samples']:,} samples = {f['steps_per_epoch']:,g} steps, "
         f"{f['samples_in_last_step']} samples in the last",
         "run": f"{f['total_steps']:,} steps",
