@@ -21,6 +21,9 @@ class ModelConfig(Named):
     """timm/NAME, torchvision/NAME, small_resnet, or package.module:Name."""
     args: dict[str, Any] = field(default_factory=dict)
     """Passed to the model; num_classes comes from the training set unless it stands here."""
+    pretrained: bool | str | None = None
+    """Weights to begin with: a safetensors or torch file, a URL of one, a run or checkpoint folder; true or a tag, such
+    as a1_in1k or IMAGENET1K_V2: those that timm or torchvision publish. A classifier of another shape is left out."""
     channels_last: bool = True
     """Memory layout of images and, at ZeRO 0, of weights."""
 

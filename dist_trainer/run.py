@@ -12,6 +12,7 @@ from dist_trainer.average import Averaging
 from dist_trainer.comm import StopRequest, World, on_main
 from dist_trainer.config import TrainConfig
 from dist_trainer.data.health import Health
+from dist_trainer.data.storage import Storage
 from dist_trainer.data.stream import EvalStream, TrainStream
 from dist_trainer.engine import Engine
 from dist_trainer.engines import build_engine
@@ -20,8 +21,9 @@ from dist_trainer.inference import Preprocess
 from dist_trainer.log.console import Terminal
 from dist_trainer.log.meter import Meter
 from dist_trainer.log.tracker import SCORES, Tracker
-from dist_trainer.parts import Every, build_parts
+from dist_trainer.parts import Every, Parts, build_parts
 from dist_trainer.plan import Plan
+from dist_trainer.pretrained import Loaded, load_pretrained
 from dist_trainer.run_data import mended_samples, open_data, open_streams, prepare_data
 from dist_trainer.run_folder import RunFolder, auto_name, git_revision, identity
 from dist_trainer.step_sums import StepSums
@@ -113,9 +115,17 @@ def start_run(
     streams = open_streams(config, parts.plan, train_index, val_index, world)
     for note in streams.notes:
         terminal.say(note)
+    begun = on_main(world, lambda: bool(checkpoint.complete(folder.checkpoints)))
+    loaded = None if begun else _pretrained(config, parts, world)
     resumed_from = _claim(folder, config, what, world, terminal)
     if resumed_from == "complete":
         return folder
+    if begun and not resumed_from:  # its checkpoints turned out damaged
+        loaded = _pretrained(config, parts, world)
+    if loaded is not None:
+        for line in loaded.lines():
+            terminal.say(line)
+        on_main(world, lambda: folder.write_pretrained(asdict(loaded)))
 
     state: dict[str, Any] = {}
     if resumed_from:
@@ -190,6 +200,14 @@ def start_run(
         resumed_from=resumed_from,
         progress=progress,
     )
+
+
+def _pretrained(config: TrainConfig, parts: Parts, world: World) -> Loaded | None:
+    """Have the model begin with the configured weights, if any (collective)."""
+    if not config.model.pretrained:
+        return None
+    storage = Storage(config.data.storage_options, config.data.retry)
+    return load_pretrained(config.model, storage, parts.model, world)
 
 
 def build_ema(config: EmaConfig, engine: Engine, batch_norm: RunningStatistics, start: int, total: int) -> Ema | None:

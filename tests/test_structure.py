@@ -17,9 +17,10 @@ FLOORS = [
     [
         {"inference", "engine", "torch_engine", "deepspeed_engine", "engines", "zero_state", "weights"}
         | {"checkpoint", "snapshots", "average", "evaluate", "step_sums"}
+        | {"published", "pretrained"}
     ],
-    [{"config", "run_folder"}],
-    [{"run", "run_data", "parts", "plan_report", "evaluation_run", "average_run"}, {"arguments"}],
+    [{"config", "run_folder", "preprocessing"}],
+    [{"run", "run_data", "parts", "plan_report", "evaluation_run", "average_run", "published_run"}, {"arguments"}],
     [{"train"}],
     [{"train_run"}],
     [{"cli_shards"}],

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ class CropConfig:
     """Area of the box, as a fraction of the image's."""
     ratio: tuple[float, float] = (0.75, 4 / 3)
     """Width over height of the box, drawn log-uniformly."""
+    interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
+    """How the box is resized, antialiased; auto: bilinear, or as data.preprocess says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +123,14 @@ def _torchvision() -> Any:
 
 
 class CenterCrop:
-    """The evaluation transform: resize the shorter side, cut the centre. Either may be null."""
+    """The evaluation transform: resize the shorter side (bicubic, or bilinear), cut the centre. Either may be null."""
 
-    def __init__(self, resize: int | None, crop: int | None) -> None:
+    def __init__(self, resize: int | None, crop: int | None, interpolation: str = "bilinear") -> None:
         self.crop = crop
         self._steps: list[Any] = []
         if resize:
-            self._steps.append(_torchvision().Resize(resize, antialias=True))
+            mode = _torchvision().InterpolationMode("bicubic" if interpolation == "bicubic" else "bilinear")
+            self._steps.append(_torchvision().Resize(resize, interpolation=mode, antialias=True))
         if crop:
             self._steps.append(_torchvision().CenterCrop(crop))
 

@@ -221,8 +221,8 @@ class _Augmented(_Samples):
         image = self._decode(data, box)
         if isinstance(image, Bad):
             return image
-        if self._augment.crop is not None:
-            image = resize(image, (self._augment.crop.size, self._augment.crop.size))
+        if (crop := self._augment.crop) is not None:
+            image = resize(image, (crop.size, crop.size), crop.interpolation)
         try:
             image = self._augment.transform(image, key)
         except Exception as error:  # a transform of the user's may raise anything
