@@ -144,11 +144,11 @@ def gather_json(world: World, value: Any) -> list[Any]:
 
 
 def broadcast_tensors(world: World, tensors: Iterable[torch.Tensor]) -> None:
-    """Rank 0's values in every rank's `tensors` (in place, on the host, of the same shapes and order)."""
+    """Rank 0's values in every rank's `tensors` (in place; the same shapes and order everywhere), by way of the host."""
     if world.size == 1:
         return
     for tensor in tensors:
-        values = tensor.detach().contiguous()
+        values = tensor.detach().cpu().contiguous()
         dist.broadcast(values, 0, group=world.host_group)
         tensor.detach().copy_(values)
 

@@ -6,9 +6,10 @@ from typing import Any
 from dist_trainer.comm import devices
 from dist_trainer.config import TrainConfig
 from dist_trainer.data.index import ShardIndex
+from dist_trainer.data.storage import Storage
 from dist_trainer.parts import build_parts
 from dist_trainer.plan import largest_world, num_slots
-from dist_trainer.pretrained import advised_rate
+from dist_trainer.pretrained import advised_rate, find_pretrained
 from dist_trainer.run_data import open_data, prepare_data
 
 
@@ -24,7 +25,10 @@ def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: i
         train = num_samples
     parts = build_parts(config, train, num_classes, world)
     plan, rate = parts.plan, parts.learning_rate
-    fine_tuning = {"lr_advised": advised_rate(plan.num_samples)} if config.model.pretrained else {}
+    fine_tuning = {}
+    if config.model.pretrained:
+        find_pretrained(config.model, Storage(config.data.storage_options, config.data.retry))
+        fine_tuning["lr_advised"] = advised_rate(plan.num_samples)
     return {
         **fine_tuning,
         "world": plan.world,

@@ -25,7 +25,7 @@ from dist_trainer.comm import World, broadcast_tensors, on_main
 from dist_trainer.data.storage import Storage, is_remote
 from dist_trainer.errors import UserError
 from dist_trainer.models import ModelConfig
-from dist_trainer.published import chosen, fetch, tags_of
+from dist_trainer.published import Published, chosen, fetch, tags_of
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Under which training programs keep weights, those that are taken first at the front: as timm does."""
@@ -67,41 +67,52 @@ class Loaded:
 
 
 def load_pretrained(config: ModelConfig, storage: Storage, model: nn.Module, world: World) -> Loaded:
-    """Have `model`, on the host, begin with the weights that `config.pretrained` names (collective).
+    """Have `model` begin with the weights that `config.pretrained` names (collective).
 
     One rank reads or fetches them, and sends them to the others. Raises UserError for what cannot be loaded.
     """
 
     def load() -> dict[str, Any]:
-        published = chosen(config)
-        if published is not None:
-            return asdict(fit(model, fetch(published, config.args), str(published)))
-        place = str(config.pretrained)
-        try:
-            weights, source, sha256 = read_weights(place, storage)
-        except FileNotFoundError:
-            tags = tags_of(config)
-            known = f"; {config.name} has published weights {', '.join(tags)}" if tags and "/" not in place else ""
-            raise UserError(f"model.pretrained: {place}: no such file{known}") from None
-        return asdict(fit(model, weights, source, sha256))
+        found = find_pretrained(config, storage)
+        if isinstance(found, Published):
+            return asdict(fit(model, fetch(found, config.args), str(found)))
+        return asdict(fit(model, *read_weights(found, storage)))
 
     loaded = Loaded(**on_main(world, load))
     broadcast_tensors(world, model.state_dict().values())
     return loaded
 
 
+def find_pretrained(config: ModelConfig, storage: Storage) -> Published | str:
+    """The published weights, or the place of a file or folder, that `config.pretrained` names.
+
+    Raises UserError where nothing is, without reading it.
+    """
+    published = chosen(config)
+    if published is not None:
+        return published
+    place = str(config.pretrained)
+    try:
+        storage.stat(place)
+    except FileNotFoundError:
+        tags = tags_of(config)
+        known = f"; {config.name} has published weights {', '.join(tags)}" if tags and "/" not in place else ""
+        raise UserError(f"model.pretrained: {place}: no such file{known}") from None
+    except OSError as error:
+        raise UserError(f"model.pretrained: {place}: cannot be read: {error.strerror or error}") from None
+    return place
+
+
 def read_weights(place: str, storage: Storage) -> tuple[Mapping[str, Any], str, str]:
     """(weights by name, where they were found, SHA-256 of the file) of a file, a URL, a checkpoint or a run folder.
 
-    Raises FileNotFoundError, and UserError for what cannot be read or must not be unpickled.
+    Raises UserError for what cannot be read or must not be unpickled.
     """
     if not is_remote(place) and Path(place).is_dir():
         place = str(_file_in(Path(place)))
     try:
         with storage.open(place) as file:
             data = file.read()
-    except FileNotFoundError:
-        raise
     except OSError as error:
         raise UserError(f"model.pretrained: {place}: cannot be read: {error.strerror or error}") from None
     weights, wrapper = unwrap(_parse(data, place), place)

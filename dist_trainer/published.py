@@ -1,5 +1,6 @@
 """Weights that timm and torchvision publish for their models, and what they say of them, which needs no network."""
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -92,16 +93,19 @@ def fetch(weights: Published, args: dict[str, Any]) -> State:
     From its cache, or by the network. Raises UserError when they cannot be had.
     """
     args = {name: value for name, value in args.items() if name != "num_classes"}
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try; the last one is told below
     try:
         model = _library_model(weights, args)
     except Exception as error:  # of urllib, httpx, huggingface_hub, torch.hub, ...
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
         if isinstance(error, TypeError) or "loading state_dict" in reason or "size mismatch" in reason:
             raise UserError(f"model.pretrained: {weights} does not fit model.args: {reason}") from None
         raise UserError(
-            f"model.pretrained: {weights} cannot be fetched from {weights.url}: {reason.rstrip('.')}. Without a "
+            f"model.pretrained: {weights} cannot be fetched from {weights.url}: {reason}. Without a "
             "network, bring that file here and give its path: --model.pretrained PATH"
         ) from None
+    if getattr(model, "transform_input", False) and not args.get("transform_input"):
+        raise UserError(f"model.args: {weights} needs transform_input: true; its input is normalised in another way")
     return model.state_dict()
 
 

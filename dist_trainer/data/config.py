@@ -53,7 +53,7 @@ class DataConfig:
         """Raises UserError for values that cannot be."""
         for name in ("mean", "std"):
             values = getattr(self, name)
-            if len(values) != self.channels:
+            if values and len(values) != self.channels:
                 raise UserError(f"data.{name}: {values} has {len(values)} values for data.channels: {self.channels}")
         if self.max_bad != "auto" and self.max_bad < 0:
             raise UserError(f"data.max_bad: {self.max_bad} is negative; 0 stops at the first bad sample")
