@@ -144,7 +144,7 @@ def gather_json(world: World, value: Any) -> list[Any]:
 
 
 def broadcast_tensors(world: World, tensors: Iterable[torch.Tensor]) -> None:
-    """Rank 0's values in every rank's `tensors` (in place; the same shapes and order everywhere), by way of the host."""
+    """Rank 0's values in every rank's `tensors` (in place, the same shapes and order everywhere), by the host."""
     if world.size == 1:
         return
     for tensor in tensors:

@@ -198,23 +198,23 @@ def fit(model: nn.Module, weights: Mapping[str, Any], source: str, sha256: str =
     Raises UserError, and loads nothing, for any other shape that differs, and when not one name is known.
     """
     own = model.state_dict()
+    named = {key if key in own else _without_prefixes(key): value for key, value in weights.items()}
     matched: dict[str, torch.Tensor] = {}
     dropped: list[str] = []
-    unexpected: list[str] = []
     wrong: list[str] = []
     hint = ""
     classifiers = classifiers_of(model)
-    for key, value in weights.items():
-        name = key if key in own else _without_prefixes(key)
-        if name not in own or not isinstance(value, torch.Tensor):
-            unexpected.append(str(key))
-        elif value.shape == own[name].shape:
+    for name, old in own.items():
+        value = named.get(name)
+        if not isinstance(value, torch.Tensor):
+            continue
+        if value.shape == old.shape:
             matched[name] = value
-        else:
-            is_classifier = name.rpartition(".")[0] in classifiers
-            (dropped if is_classifier else wrong).append(f"{name} {list(value.shape)} for {list(own[name].shape)}")
-            if value.shape[1:2] == (3,) and own[name].shape[1:2] == (1,):
-                hint = "; data.channels: 3 reads grey images as RGB"
+            continue
+        is_classifier = name.rpartition(".")[0] in classifiers
+        (dropped if is_classifier else wrong).append(f"{name} {list(value.shape)} for {list(old.shape)}")
+        if value.shape[1:2] == (3,) and old.shape[1:2] == (1,):
+            hint = "; data.channels: 3 reads grey images as RGB"
     if wrong:
         raise UserError(
             f"model.pretrained: {source}: other shapes than the model's: {', '.join(wrong[:3])}"
@@ -237,7 +237,7 @@ def fit(model: nn.Module, weights: Mapping[str, Any], source: str, sha256: str =
         / sum(p.numel() for p in parameters.values()),
         dropped=dropped,
         missing=[name for name in own if name not in matched and name not in left_out],
-        unexpected=unexpected,
+        unexpected=sorted(name for name, value in named.items() if name not in own or not torch.is_tensor(value)),
     )
 
 

@@ -16,7 +16,7 @@ from dist_trainer.evaluate import EvalResult
 from dist_trainer.evaluation_run import Evaluation
 from dist_trainer.log.console import Terminal
 from dist_trainer.pretrained import load_pretrained
-from dist_trainer.published import Published, described
+from dist_trainer.published import Published, chosen, tags_of
 
 # What the shorthand stands for: the weights' own preprocessing and precision, whatever a config before it says.
 _OWN = ["--data.preprocess=model", "--data.mean=[]", "--data.std=[]", "--data.channels=3", "--eval.resize=null",
@@ -31,8 +31,7 @@ def shorthand(name: str) -> list[str]:
     model, _, tag = rest.partition(".")
     if library not in ("timm", "torchvision") or not model:
         raise UserError(
-            f"--pretrained: {name!r}: say timm/MODEL or torchvision/MODEL, with a tag torchvision/resnet50.IMAGENET1K_V1; "
-            "--weights PATH then takes a file of that model"
+            f"--pretrained: {name!r}: say timm/MODEL or torchvision/MODEL, with tag torchvision/resnet50.IMAGENET1K_V1"
         )
     return [*_OWN, f"--model.name={library}/{model}", f"--model.pretrained={tag or 'true'}"]
 
@@ -101,7 +100,10 @@ def compare(config: TrainConfig, weights: str | None, world: World, terminal: Te
 
     Raises UserError for what cannot be scored, such as another number of classes.
     """
-    published = described(config.model)
+    published = chosen(config.model)
+    if published is None:
+        known = ", ".join(tags_of(config.model)) or "none at all"
+        raise UserError(f"--pretrained: {config.model.name} has no weights {config.model.pretrained!r}, but {known}")
     evaluation = Evaluation(config, world, terminal)
     index = evaluation.val_index
     if index.num_classes != published.num_classes:
@@ -113,9 +115,8 @@ def compare(config: TrainConfig, weights: str | None, world: World, terminal: Te
     storage = Storage(config.data.storage_options, config.data.retry)
     loaded = load_pretrained(model, storage, evaluation.inference.module, world)
     if loaded.dropped or loaded.missing:
-        first = [*loaded.dropped, *loaded.missing][0]
+        lacking = [*loaded.dropped, *loaded.missing]
         raise UserError(
-            f"{loaded.source}: lacks {len(loaded.dropped) + len(loaded.missing)} of the model's tensors ({first}, ...): "
-            "it cannot be scored"
+            f"{loaded.source}: lacks {len(lacking)} of the model's tensors ({lacking[0]}, ...): it cannot be scored"
         )
     return Comparison(published, loaded.source, evaluation.score(), index.class_names)
