@@ -190,7 +190,8 @@ def test_the_classifier_is_what_the_number_of_classes_changes() -> None:
     Fails when a hidden 1x1 convolution is taken for it, or one of two heads is forgotten.
     """
     auxiliary = {"googlenet": {"aux_logits": False}, "inception_v3": {"aux_logits": False}}
-    names = [f"torchvision/{name}" for name in torchvision_models.list_models(module=torchvision_models)[::4]]
+    known = torchvision_models.list_models(module=torchvision_models)[::4]
+    names = [f"torchvision/{name}" for name in known if not name.startswith("regnet")]  # which need memory to be built
     names += [f"torchvision/{name}" for name in auxiliary]
     names += ["timm/resnet18", "timm/deit_tiny_distilled_patch16_224", "timm/convnext_atto", "timm/densenet121",
               "timm/mobilenetv3_small_050", "timm/efficientnet_b0", "timm/mixer_s32_224"]  # fmt: skip
@@ -366,12 +367,12 @@ def test_one_rank_reads_and_all_have_the_same(tmp_path: Path) -> None:
 
     Fails when tensors are not sent, or buffers are forgotten.
     """
-    source = trained("timm/test_resnet")
+    source = trained("small_resnet")
     save_file(source.state_dict(), tmp_path / "a")
     argv = torchrun(2, str(Path(__file__).parent / "ranks" / "pretrained.py"), str(tmp_path / "a"), str(tmp_path))
     session = Session(argv, tmp_path / "log")
     assert session.wait() == 0, session.log.read_text()
-    state, _ = begin(tmp_path / "a", "timm/test_resnet")
+    state, _ = begin(tmp_path / "a", "small_resnet")
     truth = hashlib.sha256(b"".join(value.numpy().tobytes() for value in state.values())).hexdigest()
     for rank in (0, 1):
         assert (tmp_path / f"{rank}.digest").read_text() == truth
@@ -562,23 +563,28 @@ def test_eval_pretrained_scores_the_published_weights_with_their_own_preprocessi
 
     Fails when images are prepared or weights are loaded in another way, or the verdict does not follow.
     """
-    model = trained("torchvision/squeezenet1_1").eval()
-    with torch.no_grad():  # logits that differ from image to image
-        model.classifier[1].weight.copy_(torch.randn(model.classifier[1].weight.shape, generator=torch.manual_seed(0)))
+    model = build_model(ModelConfig(name="torchvision/squeezenet1_1"), 1000, seed=0).eval()
     weights = torchvision_models.SqueezeNet1_1_Weights.IMAGENET1K_V1
-    in_torch_cache(weights, model.state_dict(), tmp_path)
-    labels = []
+    images = []
     for path in PHOTOGRAPHS[::22]:
-        with Image.open(path) as image, torch.no_grad():
-            labels.append(int(model(weights.transforms()(image.convert("RGB"))[None]).argmax()))
+        with Image.open(path) as image:
+            images.append(weights.transforms()(image.convert("RGB")))
+    last = model.classifier[1]
+    with torch.no_grad():  # a head whose answers differ from image to image
+        nn.init.normal_(last.weight, generator=torch.manual_seed(0))
+        last.bias.sub_(last(model.features(torch.stack(images))).mean((0, 2, 3)))
+        labels = model(torch.stack(images)).argmax(1).tolist()
+    in_torch_cache(weights, model.state_dict(), tmp_path)
+    assert len(set(labels)) > len(labels) / 2
     wnids = [f"n{number:08d}" for number in range(1000)]
     right = labelled(tmp_path / "right", labels, wnids)
     wrong = labelled(tmp_path / "wrong", [(label + 1) % 1000 for label in labels], wnids[::-1])
     torch.save(model.state_dict(), tmp_path / "mine.pth")
     (tmp_path / "config.yaml").write_text(f"data: {{train: {wrong}, val: {wrong}}}\neval: {{resize: 40, crop: 32}}\n")
-    plain = ["eval", "--pretrained", "torchvision/squeezenet1_1", f"--data.val={right}", "--data.workers=0"]
+    small = ["--data.workers=0", "--eval.batch=12"]
+    plain = ["eval", "--pretrained", "torchvision/squeezenet1_1", f"--data.val={right}", *small]
     other = ["eval", str(tmp_path / "config.yaml"), "--pretrained=torchvision/squeezenet1_1.IMAGENET1K_V1",
-             f"--weights={tmp_path / 'mine.pth'}", "--data.workers=0"]  # fmt: skip
+             f"--weights={tmp_path / 'mine.pth'}", *small]  # fmt: skip
     again = [*other, f"--data.val={right}", f"--data.train={right}"]
     said = said_by(
         f"run({plain}); print('#'); run({other}); print('#'); run({again})", tmp_path, TORCH_HOME=f"{tmp_path}/torch"
