@@ -9,6 +9,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 
 from dist_trainer.config import TrainConfig, check_keys
 from dist_trainer.errors import UserError, nearest
+from dist_trainer.preprocessing import resolve_preprocess
 
 
 def new_parser(command: str, description: str, config: bool = True) -> ArgumentParser:
@@ -100,4 +101,4 @@ def parse_config(parser: ArgumentParser, argv: list[str]) -> tuple[TrainConfig, 
     values = parse(parser, argv)
     built = parser.instantiate_classes(values)
     names = TrainConfig.__dataclass_fields__
-    return TrainConfig(**{name: built[name] for name in names}), values
+    return resolve_preprocess(TrainConfig(**{name: built[name] for name in names})), values

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from jsonargparse import ArgumentParser
+
 from dist_trainer.arguments import new_parser, parse_config
 from dist_trainer.errors import LocalError, UserError, nearest
 
@@ -17,6 +19,7 @@ USAGE = """usage: dist-trainer COMMAND ...
 
   train CONFIG.yaml [--key.sub value ...]   train, or go on; evaluates and saves (under torchrun: on all ranks)
   eval CONFIG.yaml|RUN [--weights PATH]     exact accuracy of a checkpoint folder or a safetensors file
+  eval --pretrained timm/NAME --data.val V  published weights beside their published accuracy: are the labels right?
   average RUN [--top_k K|--last K|--files ...]  one model from several of a run, batch-norm re-estimated
   plan CONFIG.yaml [--gpus N] [--json]      everything derived, before a node is paid for
   augment CONFIG.yaml [--samples 8]         a picture of what the network sees, before augmentation and after
@@ -122,7 +125,16 @@ def _eval(argv: list[str]) -> int:
         default="model",
         help="which weights of a checkpoint folder; _bn: with re-estimated batch-norm",
     )
+    parser.add_argument(
+        "--pretrained",
+        type=str | None,
+        default=None,
+        help="timm/MODEL[.TAG] or torchvision/MODEL[.TAG]: their weights beside their published accuracy, instead of a "
+        "run's: are the labels right? Needs no config, only --data.val; with --weights a file of that model",
+    )
     folder, argv = _run_folder(argv)
+    if name := _value_of(argv, "pretrained"):
+        return _eval_published(parser, name, argv)
     config, values = parse_config(parser, argv)
     from dist_trainer import comm
     from dist_trainer.checkpoint import newest
@@ -145,6 +157,35 @@ def _eval(argv: list[str]) -> int:
         f"{weights}: top-1 {m['top1']:.2%} ({result.correct1}/{result.num_samples})  "
         f"top-5 {m['top5']:.2%} ({result.correct5}/{result.num_samples})  loss {m['loss']:.4f}"
     )
+    comm.shutdown()
+    return 0
+
+
+def _value_of(argv: list[str], name: str) -> str | None:
+    """What follows --name, if it is there."""
+    words = iter(argv)
+    for word in words:
+        key, sign, value = word.partition("=")
+        if key == f"--{name}":
+            return value if sign else next(words, "")
+    return None
+
+
+def _eval_published(parser: ArgumentParser, name: str, argv: list[str]) -> int:
+    from dist_trainer.published_run import compare, shorthand
+
+    ends = [k + 2 if word == "--config" else k + 1 for k, word in enumerate(argv) if re.match(r"--config(=|$)", word)]
+    behind = max(ends + [1 for word in argv[:1] if not word.startswith("-")], default=0)  # the last config
+    if not behind:  # there is nothing to train
+        argv = [f"--data.train={_value_of(argv, 'data.val') or ''}", *argv]
+    config, values = parse_config(parser, [*argv[:behind], *shorthand(name), *argv[behind:]])
+    from dist_trainer import comm
+    from dist_trainer.log.console import Terminal
+
+    world = comm.init()
+    terminal = Terminal(active=world.is_main)
+    for line in compare(config, values.weights, world, terminal).lines():
+        terminal.say(line)
     comm.shutdown()
     return 0
 

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -141,6 +141,16 @@ def gather_json(world: World, value: Any) -> list[Any]:
     everyone = [torch.empty(longest, dtype=torch.uint8) for _ in range(world.size)]
     dist.all_gather(everyone, padded, group=world.host_group)
     return [json.loads(bytes(each.numpy())) for each in everyone]
+
+
+def broadcast_tensors(world: World, tensors: Iterable[torch.Tensor]) -> None:
+    """Rank 0's values in every rank's `tensors` (in place, the same shapes and order everywhere), by the host."""
+    if world.size == 1:
+        return
+    for tensor in tensors:
+        values = tensor.detach().cpu().contiguous()
+        dist.broadcast(values, 0, group=world.host_group)
+        tensor.detach().copy_(values)
 
 
 @contextlib.contextmanager

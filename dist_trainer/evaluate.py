@@ -27,9 +27,11 @@ class EvalConfig:
     batch: int = 256
     """Samples per forward and rank."""
     resize: int | None = None
-    """Resize the shorter side to so many pixels first."""
+    """Resize the shorter side to so many pixels first; null: as data.preprocess says."""
     crop: int | None = None
-    """Then cut a square of so many pixels from the centre."""
+    """Then cut a square of so many pixels from the centre; null: as data.preprocess says."""
+    interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
+    """How they are resized, antialiased; auto: bilinear, or as data.preprocess says."""
     train_samples: int = 5000
     """Training samples that are scored too, the same ones each time, with the evaluation's transform: how far training
     and validation differ shows overfitting and underfitting. 0: none."""
@@ -63,7 +65,7 @@ def center_crop(config: EvalConfig) -> CenterCrop:
         value: Any = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"eval.{name}: {value} is not positive")
-    return CenterCrop(config.resize, config.crop)
+    return CenterCrop(config.resize, config.crop, config.interpolation)
 
 
 def evaluate(engine: Inference, stream: EvalStream) -> EvalResult:

@@ -26,14 +26,15 @@ class Evaluation:
         for note in place["notes"]:
             terminal.say(note)
         self.train_index: ShardIndex
-        self.train_index, val_index = open_data(config, place)
+        self.val_index: ShardIndex
+        self.train_index, self.val_index = open_data(config, place)
         model = build_model(config.model, self.train_index.num_classes, config.run.seed)
         freeze(model, config.model.freeze)  # batch-norm is re-estimated where training moved it
         preprocess = Preprocess(mean=config.data.mean, std=config.data.std, channels_last=config.model.channels_last)
         self.inference = Inference(model.to(world.device), config.engine.precision, preprocess, world)
         model.to(memory_format=preprocess.memory_format)
         self._config, self._terminal = config, terminal
-        self._stream = EvalStream(val_index, config.data, center_crop(config.eval), config.eval.batch, world)
+        self._stream = EvalStream(self.val_index, config.data, center_crop(config.eval), config.eval.batch, world)
 
     def load(self, weights: checkpoint.State, where: str) -> None:
         """Raises UserError for weights that do not fit the model."""

@@ -7,8 +7,10 @@ from dist_trainer.advice import num_parameters, warnings
 from dist_trainer.comm import devices
 from dist_trainer.config import TrainConfig
 from dist_trainer.data.index import ShardIndex
+from dist_trainer.data.storage import Storage
 from dist_trainer.parts import build_parts
 from dist_trainer.plan import largest_world, num_slots
+from dist_trainer.pretrained import advised_rate, find_pretrained
 from dist_trainer.run_data import open_data, prepare_data
 
 
@@ -24,7 +26,12 @@ def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: i
         train = num_samples
     parts = build_parts(config, train, num_classes, world)
     plan, rate = parts.plan, parts.learning_rate
+    fine_tuning = {}
+    if config.model.pretrained:
+        find_pretrained(config.model, Storage(config.data.storage_options, config.data.retry))
+        fine_tuning["lr_advised"] = advised_rate(plan.num_samples)
     return {
+        **fine_tuning,
         "world": plan.world,
         "parameters": num_parameters(parts.model),
         "global_batch": plan.global_batch,
@@ -68,4 +75,10 @@ def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         "learning rate": f"{f['lr_first']:g} at step 0, {f['lr_peak']:g} after {f['warmup_steps']:,} steps of warm-up, "
         f"{f['lr_last']:.3g} at the last",
     }
+    if "lr_advised" in f:
+        per_256 = f["lr_peak"] * 256 / f["global_batch"]
+        rows["fine-tuning"] = (
+            f"{f['lr_advised']:.2g} per 256 samples is advised for {f['num_samples']:,} images (.001 below 1,000, .01 "
+            f"or more above 100,000, interpolated in between); here it is {per_256:.2g}"
+        )
     return rows, lines

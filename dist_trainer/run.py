@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from dist_trainer import checkpoint
 from dist_trainer.advice import keys_to_turn, warnings
@@ -13,6 +14,7 @@ from dist_trainer.average import Averaging
 from dist_trainer.comm import StopRequest, World, on_main
 from dist_trainer.config import TrainConfig
 from dist_trainer.data.health import Health
+from dist_trainer.data.storage import Storage
 from dist_trainer.data.stream import EvalStream, TrainStream
 from dist_trainer.engine import Engine
 from dist_trainer.engines import build_engine
@@ -24,6 +26,7 @@ from dist_trainer.log.tracker import SCORES, Tracker
 from dist_trainer.numerics import set_numerics
 from dist_trainer.parts import Every, build_parts
 from dist_trainer.plan import Plan
+from dist_trainer.pretrained import Loaded, load_pretrained
 from dist_trainer.run_data import mended_samples, open_data, open_streams, prepare_data
 from dist_trainer.run_folder import RunFolder, auto_name, git_revision, identity
 from dist_trainer.step_sums import StepSums
@@ -119,7 +122,7 @@ def start_run(
     streams = open_streams(config, parts.plan, parts.augment, train_index, val_index, world)
     for note in [*streams.notes, *(f"warning: {line}" for line in warnings(config, parts, train_index.num_classes))]:
         terminal.say(note)
-    resumed_from = _claim(folder, config, what, world, terminal)
+    resumed_from = _begin(config, model, folder, what, world, terminal)
     if resumed_from == "complete":
         return folder
 
@@ -198,6 +201,30 @@ def start_run(
         resumed_from=resumed_from,
         progress=progress,
     )
+
+
+def _begin(
+    config: TrainConfig, model: nn.Module, folder: RunFolder, what: dict[str, Any], world: World, terminal: Terminal
+) -> str:
+    """What `_claim` says; a run that starts, starts with the configured weights, if any (collective)."""
+    begun = on_main(world, lambda: bool(checkpoint.complete(folder.checkpoints)))
+    loaded = None if begun else _pretrained(config, model, world)  # mistakes show before it is touched
+    resumed_from = _claim(folder, config, what, world, terminal)
+    if begun and not resumed_from:  # its checkpoints turned out damaged
+        loaded = _pretrained(config, model, world)
+    if loaded is not None:
+        for line in loaded.lines():
+            terminal.say(line)
+        on_main(world, lambda: folder.write_pretrained(asdict(loaded)))
+    return resumed_from
+
+
+def _pretrained(config: TrainConfig, model: nn.Module, world: World) -> Loaded | None:
+    """Have the model begin with the configured weights, if any (collective)."""
+    if not config.model.pretrained:
+        return None
+    storage = Storage(config.data.storage_options, config.data.retry)
+    return load_pretrained(config.model, storage, model, world)
 
 
 def build_ema(config: EmaConfig, engine: Engine, batch_norm: RunningStatistics, start: int, total: int) -> Ema | None:

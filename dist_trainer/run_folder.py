@@ -55,10 +55,11 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# Not in the run's identity: where things are, how they are spread over machines, how the same numbers are computed.
+# Not in the run's identity: where things are, how they are spread over machines, how the same numbers are computed;
+# and data.preprocess, which fills other keys.
 _PLACEMENT = ("run.dir", "run.name", "run.allow_change", "run.timeout", "run.deterministic", "wandb.", "checkpoint.",
               "log.", "data.train", "data.val", "data.workers", "data.cache.", "data.retry.", "data.storage_options",
-              "data.max_bad", "eval.bad", "engine.backend", "engine.zero", "engine.compile",
+              "data.max_bad", "data.preprocess", "eval.bad", "engine.backend", "engine.zero", "engine.compile",
               "engine.gradient_checkpointing")  # fmt: skip
 
 
@@ -170,6 +171,10 @@ class RunFolder:
     @property
     def bad_samples(self) -> Path:
         return self.path / "bad_samples.jsonl"
+
+    def write_pretrained(self, loaded: dict[str, Any]) -> None:
+        """pretrained.json: what the weights were that the run began with, and every name of them that did not fit."""
+        _replace_text(self.path / "pretrained.json", json.dumps(loaded, indent=1) + "\n")
 
     def write_config(self, config: dict[str, Any], identity: dict[str, Any], allow_change: list[str]) -> list[str]:
         """Write config.yaml; returns a line per accepted change.

@@ -18,10 +18,12 @@ FLOORS = [
         {"inference", "engine", "torch_engine", "deepspeed_engine", "engines", "zero_state", "weights"}
         | {"optimizer_state"}
         | {"checkpoint", "snapshots", "average", "evaluate", "step_sums"}
+        | {"published", "pretrained"}
     ],
-    [{"config", "run_folder"}],
+    [{"config", "run_folder", "preprocessing"}],
     [
-        {"run", "run_data", "parts", "advice", "augment_grid", "plan_report", "evaluation_run", "average_run"},
+        {"run", "run_data", "parts", "advice", "augment_grid", "plan_report", "evaluation_run", "average_run"}
+        | {"published_run"},
         {"arguments"},
     ],
     [{"train"}],

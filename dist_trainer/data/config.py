@@ -34,10 +34,14 @@ class DataConfig:
     """Your own per-sample stages, package.module:function, each from a dict to a dict, run as webdataset stages."""
     channels: Literal[1, 3] = 3
     """Decode to grey (1) or RGB (3)."""
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    """Per channel, of pixels in [0, 1]."""
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    """Per channel, of pixels in [0, 1]."""
+    preprocess: Literal["auto", "imagenet", "model"] = "auto"
+    """What fills the keys that are left open. model: mean, std, eval.resize, eval.crop, augment.crop and their
+    interpolation as the weights need them that timm or torchvision publish for model.name. imagenet: ImageNet's mean
+    and std, no resizing. auto: model where model.pretrained is true or a tag, else imagenet."""
+    mean: list[float] = field(default_factory=list)
+    """Per channel, of pixels in [0, 1]; empty: as data.preprocess says."""
+    std: list[float] = field(default_factory=list)
+    """Per channel, of pixels in [0, 1]; empty: as data.preprocess says."""
     max_bad: int | Literal["auto"] = "auto"
     """Stop when more different samples than this turned out bad. auto: one in 10,000, at least 10."""
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -49,7 +53,7 @@ class DataConfig:
         """Raises UserError for values that cannot be."""
         for name in ("mean", "std"):
             values = getattr(self, name)
-            if len(values) != self.channels:
+            if values and len(values) != self.channels:
                 raise UserError(f"data.{name}: {values} has {len(values)} values for data.channels: {self.channels}")
         if self.max_bad != "auto" and self.max_bad < 0:
             raise UserError(f"data.max_bad: {self.max_bad} is negative; 0 stops at the first bad sample")

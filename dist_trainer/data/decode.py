@@ -71,9 +71,13 @@ def decode_region(data: bytes, channels: int, box: Box) -> torch.Tensor:
     return decode(data, channels)[:, top : top + height, left : left + width]
 
 
-def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """uint8 [C, H, W] to [C, *size], bilinear and antialiased: the bits of torchvision's `resize(antialias=True)`."""
-    resized = functional.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)
+def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str = "bilinear") -> torch.Tensor:
+    """uint8 [C, H, W] to [C, *size], antialiased: the bits of torchvision's `resize(antialias=True)`.
+
+    `interpolation` is bicubic, or bilinear.
+    """
+    mode = "bicubic" if interpolation == "bicubic" else "bilinear"
+    resized = functional.interpolate(image[None], size, mode=mode, antialias=True, align_corners=False)
     return resized[0]
 
 

@@ -234,7 +234,7 @@ class _Augmented(_Samples):
         if isinstance(image, Bad):
             return image
         if size is not None:
-            image = resize(image, (size, size))
+            image = resize(image, (size, size), self._augment.interpolation)
         try:
             image = self._augment.transform(image, key, step)
         except Exception as error:  # a transform of the user's may raise anything

@@ -130,7 +130,7 @@ class TarStream(IterableDataset[Batch]):
             sizes = np.array([image.shape[1:] for image in images])
             boxes = crop_boxes(crop, sizes[:, 1], sizes[:, 0], keys).tolist()
             images = tuple(
-                resize(image[:, top : top + height, left : left + width], (size, size))
+                resize(image[:, top : top + height, left : left + width], (size, size), self._augment.interpolation)
                 for image, (left, top, width, height) in zip(images, boxes, strict=True)
             )
         rows = [

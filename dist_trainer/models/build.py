@@ -30,6 +30,9 @@ class ModelConfig(Named):
     """Probability of dropout, under the name that the model's library gives it; null: the model's own default."""
     drop_path: float | None = None
     """Probability that the deepest residual branch is dropped, which grows with depth (stochastic depth); likewise."""
+    pretrained: bool | str | None = None
+    """Weights to begin with: a safetensors or torch file, a URL of one, a run or checkpoint folder; true or a tag, such
+    as a1_in1k or IMAGENET1K_V2: those that timm or torchvision publish. A classifier of another shape is left out."""
     sync_bn: bool = False
     """Batch-norm over the micro-batches that all ranks run at the same time: another model on another world."""
     freeze: list[str] = field(default_factory=list)

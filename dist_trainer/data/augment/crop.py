@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ class CropConfig:
     """Area of the box, as a fraction of the image's."""
     ratio: tuple[float, float] = (0.75, 4 / 3)
     """Width over height of the box, drawn log-uniformly."""
+    interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
+    """How the box is resized, antialiased; auto: bilinear, or as data.preprocess says."""
     start_size: int | None = None
     """Progressive resizing: pixels of each side at first, which grow to `size`; null: `size` throughout. A compiled
     network is compiled once for each size on the way."""
@@ -96,15 +98,16 @@ def crop_boxes(config: CropConfig, widths: np.ndarray, heights: np.ndarray, keys
 
 
 class CenterCrop:
-    """The evaluation transform: resize the shorter side, cut the centre. Either may be null."""
+    """The evaluation transform: resize the shorter side (bilinear, or bicubic), cut the centre. Either may be null."""
 
-    def __init__(self, resize: int | None, crop: int | None) -> None:
+    def __init__(self, resize: int | None, crop: int | None, interpolation: str = "bilinear") -> None:
         from torchvision.transforms import v2  # where it is used: that costs a loader process two seconds
 
         self.crop = crop
         self._steps: list[Any] = []
         if resize:
-            self._steps.append(v2.Resize(resize, antialias=True))
+            mode = v2.InterpolationMode("bicubic" if interpolation == "bicubic" else "bilinear")
+            self._steps.append(v2.Resize(resize, mode, antialias=True))
         if crop:
             self._steps.append(v2.CenterCrop(crop))
 

@@ -61,6 +61,7 @@ class Augment:
             raise UserError(f"augment.flip: {config.flip} is not a probability")
         self.crop, self._flip, self._seed, self._plan = config.crop, config.flip, seed, plan
         self._sizes: Sizes | None = None
+        self.interpolation = config.crop.interpolation if config.crop is not None else "bilinear"
         if config.crop is not None:
             config.crop.check()
             self._sizes = Sizes(config.crop, plan)
