@@ -4,6 +4,7 @@ it, of the keys to turn."""
 from torch import nn
 
 from dist_trainer.config import TrainConfig
+from dist_trainer.data.augment.policy import OFF
 from dist_trainer.parts import Parts
 from dist_trainer.tricks.diagnosis import Verdict
 
@@ -41,6 +42,14 @@ def warnings(config: TrainConfig, parts: Parts, num_classes: int) -> list[str]:
                 "loss.name: bce as the mean over classes has gradients far smaller than cross_entropy's, which sgd "
                 "does not make up for; set loss.args.sum_classes, or a larger rate"
             )
+    if not config.model.pretrained:
+        if config.model.freeze:
+            lines.append("model.freeze: what is frozen stays at random values; set model.pretrained")
+        if config.optimizer.layer_decay < 1:
+            lines.append(
+                f"optimizer.layer_decay: {config.optimizer.layer_decay:g} holds back layers that have everything to "
+                "learn; it is for fine-tuning: set model.pretrained"
+            )
     size = num_parameters(parts.model)
     if num_classes >= MANY_CLASSES and smoothing and size < SMALL:
         lines.append(
@@ -75,6 +84,8 @@ def keys_to_turn(config: TrainConfig, verdict: Verdict) -> list[str]:
             lines.append("loss.label_smoothing: 0 -> 0.1")
         if not config.mixing.mixup:
             lines.append("mixing.mixup: 0 -> 0.2")
+        if config.augment.policy.name == OFF:
+            lines.append("augment.policy.name: none -> randaugment")
         if crop is not None and crop.scale[0] > 0.08:
             lines.append(f"augment.crop.scale: from {crop.scale[0]:g} -> from 0.08")
     if verdict == "underfitting":
@@ -84,6 +95,11 @@ def keys_to_turn(config: TrainConfig, verdict: Verdict) -> list[str]:
             lines.append(f"loss.label_smoothing: {smoothing:g} -> 0")
         lines += [
             f"mixing.{name}: {value:g} -> 0" for name in ("mixup", "cutmix") if (value := getattr(config.mixing, name))
+        ]
+        lines += [
+            f"augment.{name}.name: {now} -> none"
+            for name in ("policy", "erase")
+            if (now := getattr(config.augment, name).name) != OFF
         ]
         if crop is not None and crop.scale[0] < 0.2:
             lines.append(f"augment.crop.scale: from {crop.scale[0]:g} -> from 0.2")

@@ -9,6 +9,20 @@ from dist_trainer.engine import Engine, State
 from dist_trainer.optimizer_state import get_state, set_state, settings
 
 
+class _Rehearsed(nn.Module):
+    """The model; of no images, a zero that depends on every parameter in a fixed order."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor | None) -> torch.Tensor:
+        if images is None:
+            return torch.stack([0.0 * each.sum() for each in self.model.parameters() if each.requires_grad]).sum()
+        output: torch.Tensor = self.model(images)
+        return output
+
+
 class TorchEngine(Engine):
     """torch's DistributedDataParallel, which reduces gradients while backward still runs."""
 
@@ -19,12 +33,16 @@ class TorchEngine(Engine):
         self._built = settings(optimizer)
         model.to(memory_format=self._format)
         self._ddp = nn.parallel.DistributedDataParallel(
-            model,
+            _Rehearsed(model),
             device_ids=[self._device.index] if self._device.type == "cuda" else None,
             broadcast_buffers=False,  # tricks/batch_norm.py owns the running statistics
             gradient_as_bucket_view=True,
             bucket_cap_mb=25,  # said aloud, also the first bucket's: a small network is reduced at once, not in two
         )
+        # DDP orders its buckets anew after its first backward. Without a rehearsal, the first step after a resume would
+        # be summed in another order than in a run that went on (seen from three ranks on).
+        self._ddp(None).backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _prepare_update(self) -> None:
         """What has to see the model before its layout changes and DDP wraps it."""

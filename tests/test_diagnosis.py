@@ -99,6 +99,8 @@ def said(*argv: str, num_classes: int = 1000) -> list[str]:
         (["--loss.label_smoothing=0.1"], "loss.label_smoothing"),
         (["--optimizer.weight_decay=1e-4"], "optimizer.weight_decay"),
         (["--augment.crop={size: 28}"], "augment.crop.scale"),
+        (["--model.freeze=[fc]"], "model.freeze"),
+        (["--optimizer.layer_decay=0.75"], "optimizer.layer_decay"),
     ],
 )
 def test_keys_that_work_against_each_other_are_named(argv: list[str], key: str) -> None:
@@ -111,6 +113,7 @@ def test_what_fits_is_not_warned_of() -> None:
     """The same keys where they are right. Fails when a rule looks at one key only."""
     assert said("--ema.decay=0.9999", "--ema.ramp=threshold") == []
     assert said("--ema.decay=0.999") == []
+    assert said("--model.freeze=[fc]", "--optimizer.layer_decay=0.75", "--model.pretrained=x.pth") == []
     assert said("--mixing.mixup=0.2") == []
     assert said("--loss.name=bce", "--loss.args={sum_classes: true}") == []
     small = ["--loss.label_smoothing=0.1", "--optimizer.weight_decay=1e-4", "--augment.crop={size: 28}"]
@@ -125,6 +128,7 @@ def test_keys_to_turn_are_those_that_are_not_turned_yet() -> None:
         "optimizer.weight_decay: 0.0001 -> 0.0002",
         "loss.label_smoothing: 0 -> 0.1",
         "mixing.mixup: 0 -> 0.2",
+        "augment.policy.name: none -> randaugment",
         "augment.crop.scale: from 0.2 -> from 0.08",
     ]
     assert keys_to_turn(free, "underfitting") == [
@@ -132,13 +136,20 @@ def test_keys_to_turn_are_those_that_are_not_turned_yet() -> None:
         "or a larger network, or a longer run",
     ]
     tied = config_of(
-        "--loss.label_smoothing=0.1", "--mixing.mixup=0.2", "--mixing.cutmix=1", "--augment.crop={size: 28}"
+        "--loss.label_smoothing=0.1",
+        "--mixing.mixup=0.2",
+        "--mixing.cutmix=1",
+        "--augment.crop={size: 28}",
+        "--augment.policy.name=autoaugment",
+        "--augment.erase.name=cutout",
     )
     assert keys_to_turn(tied, "overfitting") == ["optimizer.weight_decay: 0 -> 0.0001"]
     assert keys_to_turn(tied, "underfitting")[:-1] == [
         "loss.label_smoothing: 0.1 -> 0",
         "mixing.mixup: 0.2 -> 0",
         "mixing.cutmix: 1 -> 0",
+        "augment.policy.name: autoaugment -> none",
+        "augment.erase.name: cutout -> none",
         "augment.crop.scale: from 0.08 -> from 0.2",
     ]
     assert keys_to_turn(free, "healthy") == []

@@ -465,6 +465,7 @@ def test_only_what_is_left_open_is_filled() -> None:
     assert (model.eval.resize, model.eval.crop, model.eval.interpolation) == (235, 224, "bicubic")
     assert filled("weights.pth", preprocess="model").eval == filled(preprocess="model").eval == model.eval
     assert filled("tv_in1k").eval.interpolation == "bilinear"
+    assert filled(True, name="resnet50").eval.resize == 232  # a short name: torchvision's second recipe
     assert filled(True, name="timm/vit_tiny_patch16_224").data.mean == [0.5, 0.5, 0.5]
     own = TrainConfig(
         data=DataConfig(train="", val="", mean=[0.1, 0.2, 0.3]),
