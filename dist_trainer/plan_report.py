@@ -26,6 +26,7 @@ def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: i
         train = num_samples
     parts = build_parts(config, train, num_classes, world)
     plan, rate = parts.plan, parts.learning_rate
+    groups = parts.optimizer.param_groups
     fine_tuning = {}
     if config.model.pretrained:
         find_pretrained(config.model, Storage(config.data.storage_options, config.data.retry))
@@ -34,6 +35,9 @@ def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: i
         **fine_tuning,
         "world": plan.world,
         "parameters": num_parameters(parts.model),
+        "trained": sum(p.numel() for group in groups for p in group["params"]),
+        "decayed": sum(p.numel() for group in groups if group["weight_decay"] for p in group["params"]),
+        "lr_scale_least": min(group.get("lr_scale", 1.0) for group in groups),
         "global_batch": plan.global_batch,
         "micro_batch": plan.micro_batch,
         "micro_batches_per_step": plan.num_slots,
@@ -63,8 +67,10 @@ def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
             f"{f['world']} ranks share {f['micro_batches_per_step']} micro-batches unevenly: "
             f"{1 - f['efficiency']:.0%} of the forwards do not count; {better} ranks divide them"
         )
+    frozen = f["parameters"] - f["trained"]
     rows = {
-        "model": f"{f['parameters']:,} parameters",
+        "model": f"{f['parameters']:,} parameters{f', {frozen:,} frozen' if frozen else ''}, {f['decayed']:,} with "
+        "weight decay",
         "world": f"{f['world']} ranks (legal: {f['legal_worlds']}; even: {', '.join(map(str, f['full_worlds']))})",
         "step": f"{f['global_batch']} samples = {f['micro_batches_per_step']} micro-batches of {f['micro_batch']}; "
         f"{f['forwards_per_rank']} forward{'s' if f['forwards_per_rank'] > 1 else ''} per rank, "
@@ -73,7 +79,8 @@ def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         f"{f['samples_in_last_step']} samples in the last",
         "run": f"{f['total_steps']:,} steps",
         "learning rate": f"{f['lr_first']:g} at step 0, {f['lr_peak']:g} after {f['warmup_steps']:,} steps of warm-up, "
-        f"{f['lr_last']:.3g} at the last",
+        f"{f['lr_last']:.3g} at the last"
+        + (f"; {f['lr_scale_least']:.2g} of it in the first layer" if f["lr_scale_least"] < 1 else ""),
     }
     if "lr_advised" in f:
         per_256 = f["lr_peak"] * 256 / f["global_batch"]

@@ -233,6 +233,10 @@ def test_augmentation_does_not_change_between_releases(trick: str) -> None:
             "augment.erase.name: 'gridmask' is not one of none, random_erasing, cutout",
         ),
         ({"erase": Named(name="cutout", args={"size": 3})}, "augment.erase.args: cutout: "),
+        (
+            {"erase": Named(name="cutout", args={"fill": "noise"})},
+            "augment.erase.args.fill: 'noise': erased pixels",
+        ),
         ({"erase": Named(name="cutout", args={"length": 0})}, "augment.erase.args: cutout: length 0 is not positive"),
         ({"erase": Named(name="cutout", args={"probability": 2})}, "augment.erase.args.probability: 2 is not a prob"),
         ({"erase": Named(name="grid_mask", args={"mode": 2})}, "augment.erase.args: grid_mask: mode 2 is neither"),

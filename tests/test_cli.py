@@ -228,6 +228,9 @@ def test_the_figures_of_the_fashion_mnist_plan_are_those_worked_out_by_hand(caps
     hand = {
         "world": 1,
         "parameters": 277_674 + 990 * 97,  # counted for 10 classes; without data there are 1,000
+        "trained": 277_674 + 990 * 97,
+        "decayed": 277_674 + 990 * 97 - 2 * 480 - 1000,  # without scale and shift of 480 channels, and the biases
+        "lr_scale_least": 1.0,
         "global_batch": 256,
         "micro_batch": 128,
         "micro_batches_per_step": 2,
@@ -248,6 +251,13 @@ def test_the_figures_of_the_fashion_mnist_plan_are_those_worked_out_by_hand(caps
     assert figures(capsys, FASHION, "--samples", 60_000, "--gpus", 1) == hand
     two = figures(capsys, FASHION, "--samples", 60_000, "--gpus", 2)
     assert two == {**hand, "world": 2, "forwards_per_rank": 1}
+    tuned = figures(
+        capsys, FASHION, "--samples", 60_000, "--gpus", 1, "--model.freeze=[stem]", "--optimizer.layer_decay=0.5"
+    )
+    assert tuned["trained"] == hand["trained"] - 9 * 32
+    assert tuned["decayed"] == hand["decayed"] - 9 * 32
+    assert tuned["lr_scale_least"] == 0.5**3  # above the stem lie three blocks and the head
+    assert len(tuned["warnings"]) == 2  # nothing pretrained
 
 
 def test_ranks_that_do_not_divide_the_micro_batches_cost_efficiency_and_a_warning(

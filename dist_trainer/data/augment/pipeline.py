@@ -119,6 +119,8 @@ def _eraser(named: Named, fill: torch.Tensor, plan: Plan) -> Erase | None:
         hint = nearest(named.name, [OFF, *ERASERS])
         raise UserError(f"augment.erase.name: {named.name!r} is not one of none, {', '.join(ERASERS)}{hint}")
     target, args = ERASERS[named.name], dict(named.args)
+    if "fill" in args:
+        raise UserError(f"augment.erase.args.fill: {args['fill']!r}: erased pixels take the data set's mean; remove it")
     check_args("augment.erase", named.name, target, args, fill)
     if not 0.0 <= args.get("probability", 1.0) <= 1.0:
         raise UserError(f"augment.erase.args.probability: {args['probability']} is not a probability")
