@@ -132,6 +132,13 @@ def torchvision_reference(model: nn.Module, path: Path) -> None:
     )
 
 
+def run_folder(model: nn.Module, path: Path) -> None:
+    """The best weights, and later ones that were worse."""
+    checkpoint.save(path / "best", 9, {"model": model.state_dict()}, {}, keep=1)
+    worse = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    checkpoint.save(path / "checkpoints", 12, {"model": worse}, {}, keep=1)
+
+
 FORMATS: dict[str, Callable[[nn.Module, Path], object]] = {
     "safetensors": lambda model, path: save_file(model.state_dict(), path),
     "torch": lambda model, path: torch.save(model.state_dict(), path),
@@ -143,7 +150,7 @@ FORMATS: dict[str, Callable[[nn.Module, Path], object]] = {
     "compiled": lambda model, path: torch.save(torch.compile(model).state_dict(), path),
     "both": lambda model, path: save_file(prefixed(model.state_dict(), "module._orig_mod."), path),
     "checkpoint": lambda model, path: checkpoint.write(path, {"model": model.state_dict(), "optim": {}}, {}),
-    "run folder": lambda model, path: checkpoint.save(path / "best", 9, {"model": model.state_dict()}, {}, keep=1),
+    "run folder": run_folder,
     "torchvision's": torchvision_reference,
     "timm's": timm_saver,
 }
