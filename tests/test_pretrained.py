@@ -539,9 +539,9 @@ def said_by(program: str, folder: Path, **environment: str) -> str:
 
 def test_a_run_begins_with_the_weights_of_another_and_a_resumed_one_does_not(tmp_path: Path) -> None:
     """10 classes to 3 others, at a rate too small to change a weight: all but the head stays, bit for bit. Then the
-    first run is removed, the second loses its last checkpoint, and goes on.
+    first run is removed, the second loses its last checkpoint, and goes on. With none that is whole it begins anew.
 
-    Fails when nothing is loaded, the head is, or a resume asks for the weights again.
+    Fails when nothing is loaded, the head is, a resume asks for the weights again, or a new beginning does not.
     """
     ten = pack_images(tmp_path / "ten", num_samples=40, num_classes=10, per_shard=40)
     three = pack_images(tmp_path / "three", num_samples=40, num_classes=3, per_shard=40)
@@ -555,15 +555,21 @@ def test_a_run_begins_with_the_weights_of_another_and_a_resumed_one_does_not(tmp
     )
     loses += f"shutil.rmtree('{tmp_path}/second/checkpoints/step_00000002');"
     loses += f"pathlib.Path('{tmp_path}/second/summary.json').unlink();"
-    said = said_by(f"run({first}); run({second}); {loses} run({second})", tmp_path)
-    before, after, again = (tensors(tmp_path / name) for name in ("gone", "whole", "second"))
+    breaks = f"shutil.move('{tmp_path}/gone', '{tmp_path}/first');"
+    breaks += f"shutil.copytree('{tmp_path}/second', '{tmp_path}/on');"
+    breaks += f"files = pathlib.Path('{tmp_path}/second/checkpoints').glob('*/model.safetensors');"
+    breaks += "[each.write_bytes(each.read_bytes()[:-9] + b'!' * 9) for each in files];"
+    breaks += f"pathlib.Path('{tmp_path}/second/summary.json').unlink();"
+    said = said_by(f"run({first}); run({second}); {loses} run({second}); {breaks} run({second})", tmp_path)
+    before, after, again, anew = (tensors(tmp_path / name) for name in ("first", "whole", "on", "second"))
     parameters = [name for name in sorted(before) if "running" not in name and "num_batches" not in name]
     assert [name for name in parameters if not torch.equal(before[name], after[name])] == ["fc.bias", "fc.weight"]
     report = json.loads((tmp_path / "second" / "pretrained.json").read_text())
     assert [each.split()[0] for each in report["dropped"]] == ["fc.weight", "fc.bias"]
-    assert said.count("dropped: fc.weight [10, ") == 1
+    assert said.count("dropped: fc.weight [10, ") == 2
+    assert said.count("resuming from") == 1
     assert "resuming from step_00000001" in said
-    assert all(torch.equal(again[name], after[name]) for name in after)
+    assert all(torch.equal(again[name], after[name]) and torch.equal(anew[name], after[name]) for name in after)
 
 
 def labelled(folder: Path, photographs: list[Path], labels: list[int], names: list[str]) -> Path:

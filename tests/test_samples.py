@@ -15,6 +15,8 @@ import pytest
 import torch
 from helpers import augment_of, flip_byte, message, sample_members, write_tar
 from safetensors import SafetensorError
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 from dist_trainer.cli import dispatch
 from dist_trainer.comm import World
@@ -110,6 +112,15 @@ def test_a_first_batch_that_is_wholly_bad_is_counted_like_any_other(index: Shard
         batch = samples[EvalAddress(0, 8)]
         assert (batch.problem, batch.num_valid, len(batch.bad)) == (None, 0, 8)
         assert batch.images.shape == (8, 3, 6, 6)
+
+
+def test_training_crops_are_resized_as_the_config_says(index: ShardIndex) -> None:
+    """Whole images, enlarged, against torchvision's bicubic. Fails when the key does not reach the samples."""
+    whole = CropConfig(size=12, scale=(1.0, 1.0), ratio=(1.0, 1.0), interpolation="bicubic")
+    found = train_samples(index, AugmentConfig(crop=whole, flip=0.0))[SlotAddress(0, 0)].images
+    raw = train_samples(index, AugmentConfig(flip=0.0))[SlotAddress(0, 0)].images
+    truth = functional.resize(raw, [12, 12], v2.InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(found, truth)
 
 
 def test_a_transform_of_the_users_may_draw_from_numpy_and_python(index: ShardIndex, own: ModuleType) -> None:
