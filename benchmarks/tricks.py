@@ -43,7 +43,7 @@ TRICKS: dict[str, list[str]] = {
     "clipping": ["--engine.clip_grad_norm=1.0"],
     "no label smoothing": ["--loss.label_smoothing=0"],
     "BCE": ["--loss={name: bce, args: {sum_classes: true}}"],
-    "growing images": ["--augment.crop={size: 28, scale: [0.5, 1.0], start_size: 20, multiple_of: 4}"],
+    "growing images": ["--augment.crop={size: 28, scale: [0.5, 1.0], start_size: 20, multiple_of: 4, grow: [0%, 50%]}"],
     "crops": ["--augment.crop={size: 28, scale: [0.5, 1.0]}"],
     "colour jitter": ["--augment.color_jitter=0.4"],
     "AutoAugment": ["--augment.policy.name=autoaugment"],
@@ -97,8 +97,8 @@ def main() -> None:
         final, seconds = done["final"], done["seconds"]["train"]
         shown = {"model": "", **{each: f"{each} " for each in final if each != "model"}}
         top1 = ", ".join(f"{shown[each]}{100 * final[each]['top1']:.2f}" for each in final)
-        keys = " ".join(key.removeprefix("--") for key in TRICKS[name])
-        print(f"| {name} | `{keys}` | {done['loss']:.3f} | {top1} | {seconds:.0f} |", flush=True)
+        keys = " ".join(f"`{key.removeprefix('--')}`" for key in TRICKS[name])
+        print(f"| {name} | {keys} | {done['loss']:.3f} | {top1} | {seconds:.0f} |", flush=True)
         figures[name] = figure(final["model"]["top1"], None, "top-1")
     save(values.json, figures)
 

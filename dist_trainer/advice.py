@@ -27,6 +27,26 @@ def warnings(config: TrainConfig, parts: Parts, num_classes: int) -> list[str]:
             f"ema.decay: {ema.decay:g} averages over the last {1 / (1 - ema.decay):,.0f} updates, and there are "
             f"{updates:,}: it stays near its start; take {1 - 10 / max(updates, 20):.3g}, or ema.ramp: threshold"
         )
+    lines += _of_loss(config, parts)
+    crop, size = config.augment.crop, parts.augment.size(parts.augment.last_step)
+    if crop is not None and size is not None and size < crop.size:
+        lines.append(
+            f"augment.crop.grow: until {crop.grow[1]} is too late: the last epoch trains at {size} pixels, not at "
+            f"augment.crop.size, {crop.size}"
+        )
+    if not config.model.pretrained:
+        if config.model.freeze:
+            lines.append("model.freeze: what is frozen stays at random values; set model.pretrained")
+        if config.optimizer.layer_decay < 1:
+            lines.append(
+                f"optimizer.layer_decay: {config.optimizer.layer_decay:g} holds back layers that have everything to "
+                "learn; it is for fine-tuning: set model.pretrained"
+            )
+    return [*lines, *_of_size(config, num_parameters(parts.model), num_classes)]
+
+
+def _of_loss(config: TrainConfig, parts: Parts) -> list[str]:
+    lines = []
     mixed = config.mixing.mixup or config.mixing.cutmix
     if mixed and not getattr(parts.loss, "soft_targets", False):
         lines.append(
@@ -42,15 +62,12 @@ def warnings(config: TrainConfig, parts: Parts, num_classes: int) -> list[str]:
                 "loss.name: bce as the mean over classes has gradients far smaller than cross_entropy's, which sgd "
                 "does not make up for; set loss.args.sum_classes, or a larger rate"
             )
-    if not config.model.pretrained:
-        if config.model.freeze:
-            lines.append("model.freeze: what is frozen stays at random values; set model.pretrained")
-        if config.optimizer.layer_decay < 1:
-            lines.append(
-                f"optimizer.layer_decay: {config.optimizer.layer_decay:g} holds back layers that have everything to "
-                "learn; it is for fine-tuning: set model.pretrained"
-            )
-    size = num_parameters(parts.model)
+    return lines
+
+
+def _of_size(config: TrainConfig, size: int, num_classes: int) -> list[str]:
+    """What is too much for a network of so few parameters."""
+    lines, smoothing = [], config.loss.label_smoothing
     if num_classes >= MANY_CLASSES and smoothing and size < SMALL:
         lines.append(
             f"loss.label_smoothing: {smoothing:g} may cost a network of {size / 1e6:.1f} M parameters accuracy "

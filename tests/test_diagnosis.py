@@ -99,6 +99,10 @@ def said(*argv: str, num_classes: int = 1000) -> list[str]:
         (["--loss.label_smoothing=0.1"], "loss.label_smoothing"),
         (["--optimizer.weight_decay=1e-4"], "optimizer.weight_decay"),
         (["--augment.crop={size: 28}"], "augment.crop.scale"),
+        (
+            ["--augment.crop={size: 28, scale: [0.2, 1.0], start_size: 4, multiple_of: 1, grow: [50%, 100%]}"],
+            "augment.crop.grow",
+        ),
         (["--model.freeze=[fc]"], "model.freeze"),
         (["--optimizer.layer_decay=0.75"], "optimizer.layer_decay"),
     ],
@@ -115,6 +119,7 @@ def test_what_fits_is_not_warned_of() -> None:
     assert said("--ema.decay=0.999") == []
     assert said("--model.freeze=[fc]", "--optimizer.layer_decay=0.75", "--model.pretrained=x.pth") == []
     assert said("--mixing.mixup=0.2") == []
+    assert said("--augment.crop={size: 28, scale: [0.2, 1.0], start_size: 12, grow: [0%, 10%]}") == []
     assert said("--loss.name=bce", "--loss.args={sum_classes: true}") == []
     small = ["--loss.label_smoothing=0.1", "--optimizer.weight_decay=1e-4", "--augment.crop={size: 28}"]
     assert said(*small, num_classes=10) == []
