@@ -18,11 +18,11 @@ from photographs import photographs
 from PIL import Image
 from torchvision.transforms import v2
 
+from dist_trainer.by_name import Named
 from dist_trainer.data.augment import CropConfig, crop_boxes
 from dist_trainer.data.augment.pipeline import ERASERS
 from dist_trainer.data.augment.policy import OFF, OnPil
 from dist_trainer.data.decode import decode_region, resize
-from dist_trainer.named import Named
 
 SIZE, FILL = 224, [124, 116, 104]
 TENSOR: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

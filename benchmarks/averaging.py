@@ -23,10 +23,10 @@ from machine import Figures, figure, interleaved, machine, parser, save, table
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dist_trainer import comm
-from dist_trainer.engine import EngineConfig
-from dist_trainer.engines import build_engine
-from dist_trainer.inference import Preprocess
+from dist_trainer.distributed import collectives as comm
+from dist_trainer.engine.base import EngineConfig
+from dist_trainer.engine.build import build_engine
+from dist_trainer.engine.inference import Preprocess
 from dist_trainer.plan import BatchConfig, Duration, make_plan
 from dist_trainer.tricks.ema import Ema, EmaConfig
 from dist_trainer.tricks.losses import LossConfig, build_loss

@@ -25,19 +25,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from machine import Figures, figure, machine, parser, save
 
-from dist_trainer import comm
-from dist_trainer.comm import StopRequest
 from dist_trainer.data.batch import Batch, SlotAddress
 from dist_trainer.data.health import Health
 from dist_trainer.data.index import SAMPLE, ShardIndex
-from dist_trainer.engine import EngineConfig
-from dist_trainer.engines import build_engine
-from dist_trainer.inference import Preprocess
+from dist_trainer.distributed import collectives as comm
+from dist_trainer.distributed.collectives import StopRequest
+from dist_trainer.engine.base import EngineConfig
+from dist_trainer.engine.build import build_engine
+from dist_trainer.engine.inference import Preprocess
 from dist_trainer.log.meter import Meter
 from dist_trainer.models import ModelConfig, build_model
 from dist_trainer.plan import BatchConfig, Duration, make_plan
-from dist_trainer.run import Progress
-from dist_trainer.step_sums import StepSums
+from dist_trainer.run.start import Progress
+from dist_trainer.run.step_sums import StepSums
 from dist_trainer.train import train_step
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.learning_rate import LearningRate, LearningRateConfig

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dist_trainer.comm import World
 from dist_trainer.data.augment import Augment, AugmentConfig, CropConfig
 from dist_trainer.data.batch import SlotAddress
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.index import FILE_NAME, ShardIndex
 from dist_trainer.data.order import OrderSpec
 from dist_trainer.data.samples import TrainSamples
-from dist_trainer.inference import Inference, Preprocess
+from dist_trainer.distributed.collectives import World
+from dist_trainer.engine.inference import Inference, Preprocess
 from dist_trainer.plan import BatchConfig, Duration, Plan, make_plan
 
 SIZE = 224

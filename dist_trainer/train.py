@@ -5,13 +5,13 @@ import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from dist_trainer import checkpoint
-from dist_trainer.comm import on_main
 from dist_trainer.data.batch import Batch
-from dist_trainer.engine import State
+from dist_trainer.distributed.collectives import on_main
+from dist_trainer.engine.base import State
+from dist_trainer.engine.evaluate import evaluate, report_bad
 from dist_trainer.errors import LocalError, UserError
-from dist_trainer.evaluate import evaluate, report_bad
-from dist_trainer.run import Run, finish_run
+from dist_trainer.run.start import Run, finish_run
+from dist_trainer.run_folder import checkpoint
 
 MAX_SKIPPED_IN_A_ROW = 20
 

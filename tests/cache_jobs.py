@@ -11,8 +11,8 @@ from typing import Any
 import faulty_fs  # noqa: F401  # its protocol is needed in each process
 import numpy as np
 
-from dist_trainer.data import cache
 from dist_trainer.data.read import Reader
+from dist_trainer.storage import cache
 
 HANG = 60  # seconds: a guard against hanging, no measure of speed
 

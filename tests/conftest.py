@@ -8,8 +8,8 @@ from helpers import index_of, members_of, sample_members, write_tar
 from nodes import COUNTS, Node
 from running import FASHION
 
-from dist_trainer.data import retry
 from dist_trainer.data.index import ShardIndex
+from dist_trainer.storage import retry
 
 if TYPE_CHECKING:
     from s3_server import S3Server

@@ -15,7 +15,7 @@ from typing import Any
 
 import fsspec
 
-from dist_trainer.data.storage import Storage
+from dist_trainer.storage.storage import Storage
 
 FAULTS = ("reset", "short", "503", "stall")
 FOR_EVER = "for ever"

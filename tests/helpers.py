@@ -14,9 +14,9 @@ from PIL import Image
 from dist_trainer.data.augment import Augment, AugmentConfig
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.errors import UserError
+from dist_trainer.packing.pack import Recipe, pack
+from dist_trainer.packing.sources import FolderSource
 from dist_trainer.plan import BatchConfig, Duration, Plan, make_plan
-from dist_trainer.shards.pack import Recipe, pack
-from dist_trainer.shards.pack_sources import FolderSource
 from dist_trainer.shards.scan import join, scan_tar
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure

@@ -11,11 +11,11 @@ from cache_jobs import HANG
 from faulty_fs import lines
 from helpers import message
 
-from dist_trainer.data.cache import CacheConfig
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.read import Reader
-from dist_trainer.data.storage import RetryConfig
 from dist_trainer.errors import UserError
+from dist_trainer.storage.cache import CacheConfig
+from dist_trainer.storage.storage import RetryConfig
 
 RETRY = RetryConfig(timeout=30, deadline=60)
 BLOCK, COUNTS = 16, (100, 70, 33)

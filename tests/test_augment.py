@@ -11,24 +11,24 @@ from helpers import augment_of, index_of, message, sample_members, write_tar
 from PIL import Image
 from torchvision.transforms import v2
 
-from dist_trainer.cli import dispatch
-from dist_trainer.comm import World
+from dist_trainer.by_name import Named
+from dist_trainer.commands.main import dispatch
 from dist_trainer.data.augment import AugmentConfig, CropConfig
 from dist_trainer.data.augment.crop import Sizes
 from dist_trainer.data.augment.cutout import Cutout
 from dist_trainer.data.augment.grid_mask import GridMask
 from dist_trainer.data.augment.hide_and_seek import HideAndSeek
 from dist_trainer.data.augment.random_erasing import RandomErasing
-from dist_trainer.data.cache import CacheConfig
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.decode import decode
 from dist_trainer.data.read import Reader
-from dist_trainer.data.retry import RetryConfig
 from dist_trainer.data.samples import drawn
 from dist_trainer.data.stream import TrainStream
+from dist_trainer.distributed.collectives import World
 from dist_trainer.errors import UserError
-from dist_trainer.named import Named
 from dist_trainer.plan import BatchConfig, Duration, Plan, make_plan
+from dist_trainer.storage.cache import CacheConfig
+from dist_trainer.storage.retry import RetryConfig
 
 MEAN = [124, 116, 104]  # 255 * (0.485, 0.456, 0.406), rounded
 FILL = torch.tensor(MEAN, dtype=torch.uint8)[:, None, None]

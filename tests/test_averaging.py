@@ -29,9 +29,9 @@ from helpers import flip_byte, message
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dist_trainer import snapshots
 from dist_trainer.errors import UserError
-from dist_trainer.snapshots import INDEX, Snapshots
+from dist_trainer.run_folder import snapshots
+from dist_trainer.run_folder.snapshots import INDEX, Snapshots
 from dist_trainer.tricks.averaging import (
     AveragingConfig,
     Member,
@@ -761,7 +761,7 @@ def test_a_process_that_is_really_killed(tmp_path: Path) -> None:
     """
     folder = tmp_path / "averages"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dist_trainer.snapshots"])
+    context.set_forkserver_preload(["dist_trainer.run_folder.snapshots"])
     draw = random.Random(0)
     reached = 0
     for _ in range(6):

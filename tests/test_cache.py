@@ -15,12 +15,12 @@ from cache_jobs import HANG, Job
 from faulty_fs import FOR_EVER
 from nodes import BLOCK, NUM_BLOCKS, Node, refused, wait_for
 
-from dist_trainer.data import cache as cache_module
-from dist_trainer.data.cache import BlockCache, CacheConfig, own_folder
-from dist_trainer.data.flock import is_at, lock_file
 from dist_trainer.data.index import ShardIndex
-from dist_trainer.data.retry import in_background
-from dist_trainer.data.storage import RetryConfig
+from dist_trainer.storage import cache as cache_module
+from dist_trainer.storage.cache import BlockCache, CacheConfig, own_folder
+from dist_trainer.storage.flock import is_at, lock_file
+from dist_trainer.storage.retry import in_background
+from dist_trainer.storage.storage import RetryConfig
 
 # Faults and deaths
 

@@ -10,12 +10,12 @@ import pytest
 from helpers import members_of, png, sample_members, write_tar
 from PIL import Image
 
-from dist_trainer.cli import dispatch
+from dist_trainer.commands.main import dispatch
 from dist_trainer.data.index import FILE_NAME, ShardIndex
 from dist_trainer.errors import UserError
 from dist_trainer.shards import check
 from dist_trainer.shards.check import Level, check_index
-from dist_trainer.shards.sources import find_index, index_shards
+from dist_trainer.shards.prepare import find_index, index_shards
 
 LEVELS: tuple[Level, ...] = ("headers", "crc", "decode")
 

@@ -12,8 +12,8 @@ import torch
 from helpers import message
 from torch import nn
 
-from dist_trainer import checkpoint
 from dist_trainer.errors import UserError
+from dist_trainer.run_folder import checkpoint
 
 
 def tensors(seed: int = 0) -> dict[str, checkpoint.State]:

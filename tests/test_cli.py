@@ -13,7 +13,7 @@ import yaml
 from helpers import message
 from running import TINY, Session
 
-from dist_trainer.cli import dispatch
+from dist_trainer.commands.main import dispatch
 from dist_trainer.errors import UserError
 
 FASHION = Path(__file__).parent.parent / "configs" / "fashion_mnist.yaml"

@@ -7,9 +7,9 @@ import pytest
 from helpers import sample_members, write_tar
 from running import ROOT, metrics, run_jobs
 
-from dist_trainer.arguments import new_parser, parse_config
-from dist_trainer.plan_report import plan_figures
-from dist_trainer.shards.sources import prepare_index
+from dist_trainer.commands.plan import plan_figures
+from dist_trainer.config.arguments import new_parser, parse_config
+from dist_trainer.shards.prepare import prepare_index
 
 CONFIGS = sorted((ROOT / "configs" / "imagenet").glob("*.yaml"))
 IMAGENET = 1_281_167

@@ -18,7 +18,7 @@ from s3_server import CREDENTIALS, S3Server
 from test_faults import wait_for_step
 
 from dist_trainer.data.index import FILE_NAME, ShardIndex
-from dist_trainer.shards.sources import prepare_index
+from dist_trainer.shards.prepare import prepare_index
 
 TOLERANCE = 2e-6  # as in test_worlds.py: the order of float sums over 12 steps
 NUM_SAMPLES, STEPS = 300, 12

@@ -8,15 +8,15 @@ import pytest
 import torch
 from helpers import index_of, sample_members, write_tar
 
-from dist_trainer.advice import keys_to_turn, warnings
-from dist_trainer.arguments import new_parser, parse_config
-from dist_trainer.comm import World
-from dist_trainer.config import TrainConfig
+from dist_trainer.config.arguments import new_parser, parse_config
+from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.augment import CenterCrop
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.samples import drawn
 from dist_trainer.data.stream import EvalStream
-from dist_trainer.parts import build_parts
+from dist_trainer.distributed.collectives import World
+from dist_trainer.run.advice import keys_to_turn, warnings
+from dist_trainer.run.blueprint import build_parts
 from dist_trainer.tricks.diagnosis import diagnose
 
 sys.path.insert(0, str(Path(__file__).parent / "ranks"))  # tiny:SmoothNet

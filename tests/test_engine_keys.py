@@ -18,14 +18,14 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from training import NUM_SLOTS, alone, build, micro_batch, train
 
-from dist_trainer.config import TrainConfig
+from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.config import DataConfig
-from dist_trainer.engine import EngineConfig
+from dist_trainer.engine.base import EngineConfig
+from dist_trainer.engine.numerics import naming_operations, set_numerics
 from dist_trainer.errors import UserError
 from dist_trainer.models import ModelConfig, build_model
-from dist_trainer.numerics import naming_operations, set_numerics
 from dist_trainer.plan import BatchConfig, Duration, make_plan
-from dist_trainer.run_folder import RunConfig, identity
+from dist_trainer.run_folder.folder import RunConfig, identity
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.gradient_checkpointing import checkpoint_blocks
 from dist_trainer.tricks.precise_bn import re_estimate

@@ -11,8 +11,8 @@ from running import TINY, metrics, run_jobs, tensors
 from timm.layers import BatchNormAct2d
 from torch import nn
 
+from dist_trainer.engine.optimizer_state import get_state, set_state, settings
 from dist_trainer.errors import UserError
-from dist_trainer.optimizer_state import get_state, set_state, settings
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.freezing import freeze
 from dist_trainer.tricks.precise_bn import re_estimate

@@ -18,11 +18,11 @@ import torchvision
 from helpers import Members, png, sample_members, write_tar
 from PIL import Image
 
-from dist_trainer.cli import dispatch
+from dist_trainer.commands.main import dispatch
 from dist_trainer.data.index import BAD, FILE_NAME, ShardIndex
 from dist_trainer.errors import UserError
 from dist_trainer.shards import build
-from dist_trainer.shards.sources import index_shards, prepare_index
+from dist_trainer.shards.prepare import index_shards, prepare_index
 
 IMAGE = png(np.random.default_rng(2))
 

@@ -11,8 +11,8 @@ from helpers import message
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
 from torch.optim import lr_scheduler
 
+from dist_trainer.by_name import Named
 from dist_trainer.errors import UserError
-from dist_trainer.named import Named
 from dist_trainer.plan import BatchConfig, Duration, Plan, make_plan
 from dist_trainer.tricks.learning_rate import LearningRate, LearningRateConfig, WarmupConfig
 

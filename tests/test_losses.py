@@ -12,8 +12,8 @@ from helpers import message
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy as TimmBinaryCrossEntropy
 
+from dist_trainer.by_name import Named
 from dist_trainer.errors import UserError
-from dist_trainer.named import Named
 from dist_trainer.tricks.losses import Loss, LossConfig, build_loss, weighted_sum
 from dist_trainer.tricks.mixing import Mix
 

@@ -16,7 +16,7 @@ from test_cli import refused
 from timm.data.mixup import cutmix_bbox_and_lam
 from torchvision.transforms import v2
 
-from dist_trainer.cli import dispatch
+from dist_trainer.commands.main import dispatch
 from dist_trainer.errors import UserError
 from dist_trainer.plan import BatchConfig, Duration, Plan, make_plan
 from dist_trainer.tricks.mixing import Mix, Mixing, MixingConfig

@@ -11,7 +11,7 @@ from helpers import message
 from torch import nn
 from training import NUM_CLASSES, NUM_SLOTS, alone, build, micro_batch, train
 
-from dist_trainer.cli import dispatch
+from dist_trainer.commands.main import dispatch
 from dist_trainer.errors import UserError
 from dist_trainer.models import ModelConfig, build_model
 from dist_trainer.models.build import OWN

@@ -10,7 +10,7 @@ from helpers import message
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from dist_trainer.engine import EngineConfig
+from dist_trainer.engine.base import EngineConfig
 from dist_trainer.errors import UserError
 from dist_trainer.models.small_resnet import SmallResNet
 from dist_trainer.tricks.layer_decay import layers_by_structure, layers_of

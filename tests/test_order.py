@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_trainer import keyed
+from dist_trainer import draws as keyed
 from dist_trainer.data.order import ClassOrder, EpochOrder, OrderSpec
 
 GOLDEN = 0x9E3779B97F4A7C15

@@ -26,12 +26,12 @@ from scipy.io import savemat
 from torchvision.datasets import GTSRB, EuroSAT, FashionMNIST, ImageFolder, ImageNet
 from torchvision.datasets import imagenet as torchvision_imagenet
 
-from dist_trainer.cli import dispatch
+from dist_trainer.commands.main import dispatch
 from dist_trainer.data.index import FILE_NAME, ShardIndex
 from dist_trainer.errors import UserError
-from dist_trainer.shards.pack import MANIFEST, Recipe, pack, partial_folder
-from dist_trainer.shards.pack_sources import FolderSource
-from dist_trainer.shards.pack_splits import find_splits
+from dist_trainer.packing.pack import MANIFEST, Recipe, pack, partial_folder
+from dist_trainer.packing.sources import FolderSource
+from dist_trainer.packing.splits import find_splits
 
 CLASSES = ("ant", "bee", "cat")
 

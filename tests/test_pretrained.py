@@ -30,22 +30,22 @@ from torch import nn
 from torch.distributed import HashStore
 from torch.optim.swa_utils import AveragedModel
 
-from dist_trainer import checkpoint
-from dist_trainer.cli import dispatch
-from dist_trainer.comm import World
-from dist_trainer.config import TrainConfig
+from dist_trainer.commands.eval_published import compare, order_notes, verdict
+from dist_trainer.commands.main import dispatch
+from dist_trainer.config.preprocess import resolve_preprocess
+from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.augment import AugmentConfig, CenterCrop, CropConfig
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.decode import decode, resize
-from dist_trainer.data.storage import Storage
+from dist_trainer.distributed.collectives import World
+from dist_trainer.engine.evaluate import EvalConfig
 from dist_trainer.errors import UserError
-from dist_trainer.evaluate import EvalConfig
 from dist_trainer.log.console import Terminal
 from dist_trainer.models import ModelConfig, build_model
-from dist_trainer.preprocessing import resolve_preprocess
-from dist_trainer.pretrained import Loaded, advised_rate, classifiers_of, load_pretrained
-from dist_trainer.published import described
-from dist_trainer.published_run import compare, order_notes, verdict
+from dist_trainer.models.pretrained import Loaded, advised_rate, classifiers_of, load_pretrained
+from dist_trainer.models.published import described
+from dist_trainer.run_folder import checkpoint
+from dist_trainer.storage.storage import Storage
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 State = dict[str, torch.Tensor]
@@ -531,7 +531,7 @@ def test_plan_shows_it_beside_the_configs_own(tmp_path: Path, capsys: pytest.Cap
 def said_by(program: str, folder: Path, **environment: str) -> str:
     """What a Python program, which may `run` commands of ours, prints."""
     folder.mkdir(exist_ok=True)
-    start = "import pathlib, shutil; from dist_trainer.cli import dispatch as run; "
+    start = "import pathlib, shutil; from dist_trainer.commands.main import dispatch as run; "
     session = Session([sys.executable, "-c", start + program], folder / "log", **environment)
     assert session.wait() == 0, session.log.read_text()
     return session.log.read_text()

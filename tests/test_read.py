@@ -19,12 +19,12 @@ from s3_server import S3Server
 
 from dist_trainer.data import read as read_module
 from dist_trainer.data.blocks import Blocks
-from dist_trainer.data.cache import CacheConfig
 from dist_trainer.data.index import BAD, Problem, ShardIndex, join_names
 from dist_trainer.data.order import EpochOrder, OrderSpec
 from dist_trainer.data.read import Bad, Reader
-from dist_trainer.data.storage import RetryConfig
 from dist_trainer.errors import LocalError, Outage
+from dist_trainer.storage.cache import CacheConfig
+from dist_trainer.storage.storage import RetryConfig
 
 # Blocks
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_trainer.cli import dispatch
+from dist_trainer.commands.main import dispatch
 
 
 def test_the_readmes_imagenet_config_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

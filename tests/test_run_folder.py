@@ -12,19 +12,19 @@ import pytest
 import yaml
 from helpers import message
 
-from dist_trainer.checkpoint import CheckpointConfig
-from dist_trainer.config import TrainConfig
+from dist_trainer.by_name import Named
+from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.augment import AugmentConfig
 from dist_trainer.data.stream import DataConfig
-from dist_trainer.engine import EngineConfig
+from dist_trainer.engine.base import EngineConfig
 from dist_trainer.errors import UserError
 from dist_trainer.log.metrics_file import MetricsFile
 from dist_trainer.log.tracker import LogConfig
 from dist_trainer.log.wandb_run import WandbConfig
 from dist_trainer.models import ModelConfig
-from dist_trainer.named import Named
 from dist_trainer.plan import BatchConfig
-from dist_trainer.run_folder import RunConfig, RunFolder, auto_name, identity
+from dist_trainer.run_folder.checkpoint import CheckpointConfig
+from dist_trainer.run_folder.folder import RunConfig, RunFolder, auto_name, identity
 from dist_trainer.tricks.learning_rate import LearningRateConfig, WarmupConfig
 from dist_trainer.tricks.losses import LossConfig
 from dist_trainer.tricks.optimizers import OptimizerConfig
@@ -89,7 +89,7 @@ CLAIM = """
 import sys
 from pathlib import Path
 from dist_trainer.errors import UserError
-from dist_trainer.run_folder import RunFolder
+from dist_trainer.run_folder.folder import RunFolder
 print("ready", flush=True)
 for line in sys.stdin:
     try:

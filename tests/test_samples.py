@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from dist_trainer.cli import dispatch
-from dist_trainer.comm import World
+from dist_trainer.by_name import Named
+from dist_trainer.commands.main import dispatch
 from dist_trainer.data.augment import AugmentConfig, CenterCrop, CropConfig
 from dist_trainer.data.batch import Batch, EvalAddress, SlotAddress
 from dist_trainer.data.config import DataConfig
@@ -30,11 +30,11 @@ from dist_trainer.data.read import Bad
 from dist_trainer.data.samples import EvalSamples, TrainSamples
 from dist_trainer.data.stream import EvalStream
 from dist_trainer.data.unindexed import TarStream
+from dist_trainer.distributed.collectives import World
 from dist_trainer.errors import LocalError, Outage, UserError
-from dist_trainer.named import Named
 from dist_trainer.plan import BatchConfig, Duration, make_plan
-from dist_trainer.run_data import mended_samples
-from dist_trainer.shards.sources import prepare_index
+from dist_trainer.run.data import mended_samples
+from dist_trainer.shards.prepare import prepare_index
 
 CONFIG = DataConfig(train="", val="", workers=0)
 

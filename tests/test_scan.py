@@ -14,11 +14,11 @@ from helpers import Members, members_of, message, png, sample_members, write_tar
 from PIL import Image
 
 from dist_trainer.data.index import BAD
-from dist_trainer.data.storage import Storage
 from dist_trainer.errors import UserError
 from dist_trainer.shards.join import ShardScan
 from dist_trainer.shards.labels import LabelRule
 from dist_trainer.shards.scan import scan_shard, scan_tar
+from dist_trainer.storage.storage import Storage
 
 pytestmark = pytest.mark.filterwarnings("ignore:WebDataset:UserWarning")  # it is used without options on purpose
 IMAGE = png(np.random.default_rng(2))

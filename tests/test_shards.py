@@ -23,13 +23,13 @@ from PIL import Image
 
 from dist_trainer.data.augment import CenterCrop
 from dist_trainer.data.batch import EvalAddress
-from dist_trainer.data.cache import CacheConfig
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.index import FILE_NAME, SAMPLE, ShardIndex
 from dist_trainer.data.read import Bad, Reader
-from dist_trainer.data.retry import RetryConfig
 from dist_trainer.data.samples import EvalSamples
 from dist_trainer.errors import UserError
+from dist_trainer.storage.cache import CacheConfig
+from dist_trainer.storage.retry import RetryConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:WebDataset:UserWarning")  # it is used without options on purpose
 NUM_SAMPLES, NUM_CLASSES = 23, 3

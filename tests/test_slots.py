@@ -11,20 +11,20 @@ import pytest
 import torch
 from helpers import augment_of, index_of, message, pack_images, pixels, sample_members, write_tar
 
-from dist_trainer.comm import World
+from dist_trainer.by_name import Named
 from dist_trainer.data.augment import AugmentConfig, CenterCrop, CropConfig, crop_boxes
 from dist_trainer.data.batch import Batch, SlotAddress
-from dist_trainer.data.cache import CacheConfig
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.index import FILE_NAME, ShardIndex
 from dist_trainer.data.order import OrderSpec
 from dist_trainer.data.read import Reader
-from dist_trainer.data.retry import RetryConfig
 from dist_trainer.data.samples import EvalSamples, TrainSamples
 from dist_trainer.data.stream import _EvalAddresses, _TrainAddresses
+from dist_trainer.distributed.collectives import World
 from dist_trainer.errors import UserError
-from dist_trainer.named import Named
 from dist_trainer.plan import BatchConfig, Duration, Plan, make_plan
+from dist_trainer.storage.cache import CacheConfig
+from dist_trainer.storage.retry import RetryConfig
 
 CONFIG = DataConfig(train="", val="")
 NUM_SAMPLES, NUM_SLOTS = 53, 4  # 53 = 3 * 16 + 5: the last of 4 steps is partly masked

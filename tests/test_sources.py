@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from helpers import index_of, members_of, message, sample_members, write_tar
 
-from dist_trainer.data import storage
 from dist_trainer.data.index import BAD, FILE_NAME, SAMPLE, ShardIndex
 from dist_trainer.errors import LocalError, UserError
-from dist_trainer.shards.sources import (
+from dist_trainer.shards.prepare import (
     find_index,
     index_shards,
     is_class_sorted,
@@ -23,6 +22,7 @@ from dist_trainer.shards.sources import (
     open_index,
     prepare_index,
 )
+from dist_trainer.storage import storage
 
 
 def refused(call: Callable[[], object]) -> str:

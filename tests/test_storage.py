@@ -16,9 +16,9 @@ from faulty_fs import http_server, lines
 from helpers import message
 from s3_server import S3Server
 
-from dist_trainer.data import storage
-from dist_trainer.data.storage import RetryConfig, Storage, refuse_secrets
 from dist_trainer.errors import UserError
+from dist_trainer.storage import storage
+from dist_trainer.storage.storage import RetryConfig, Storage, refuse_secrets
 
 QUICK = RetryConfig(timeout=0.3, deadline=60)
 """Attempts that stall end soon; there is time for all that fail."""

@@ -22,9 +22,9 @@ from faulty_fs import FAULTS, FOR_EVER, http_server, lines
 from helpers import message
 from s3_server import S3Server
 
-from dist_trainer.data import retry, storage
-from dist_trainer.data.storage import RetryConfig, Storage
 from dist_trainer.errors import Outage
+from dist_trainer.storage import retry, storage
+from dist_trainer.storage.storage import RetryConfig, Storage
 
 QUICK = RetryConfig(timeout=0.3, deadline=60)
 """Attempts that stall end soon; there is time for all that fail."""
@@ -184,7 +184,7 @@ def test_pauses_grow_and_are_drawn_and_the_deadline_is_kept(monkeypatch: pytest.
 STALLED = """
 import sys; sys.path.insert(0, {tests!r})
 import faulty_fs
-from dist_trainer.data.storage import RetryConfig, Storage
+from dist_trainer.storage.storage import RetryConfig, Storage
 from dist_trainer.errors import Outage
 for url, options in (({url!r}, {{}}), ("faulty://" + {path!r}, {{"faults": ["stall", "for ever"]}})):
     try:

@@ -13,7 +13,7 @@ from running import TINY, metrics, newest, run_jobs, tensors
 from safetensors.torch import load_file
 from test_data_ranks import labelled
 
-from dist_trainer.shards.sources import prepare_index
+from dist_trainer.shards.prepare import prepare_index
 
 TOLERANCE = 2e-6  # as in test_worlds.py: the order of float sums over 20 steps
 STEPS, K = 20, 3

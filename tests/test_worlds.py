@@ -13,8 +13,8 @@ import pytest
 import torch
 from running import TINY, metrics, newest, run_jobs, tensors
 
-from dist_trainer.deepspeed_engine import deepspeed_config
-from dist_trainer.engine import EngineConfig
+from dist_trainer.engine.base import EngineConfig
+from dist_trainer.engine.zero import deepspeed_config
 from dist_trainer.plan import BatchConfig, Duration, make_plan
 
 TOLERANCE = 2e-6

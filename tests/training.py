@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import HashStore
 
-from dist_trainer.comm import World
-from dist_trainer.engine import EngineConfig
-from dist_trainer.inference import Preprocess
+from dist_trainer.distributed.collectives import World
+from dist_trainer.engine.base import EngineConfig
+from dist_trainer.engine.ddp import TorchEngine
+from dist_trainer.engine.inference import Preprocess
 from dist_trainer.plan import BatchConfig, Duration, make_plan
-from dist_trainer.torch_engine import TorchEngine
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.losses import LossConfig, build_loss
 from dist_trainer.tricks.mixing import Mixing, MixingConfig

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dist_trainer.data.cache import CacheConfig
-from dist_trainer.data.retry import RetryConfig
-from dist_trainer.data.storage import refuse_secrets
 from dist_trainer.errors import UserError
 from dist_trainer.plan import Tail
+from dist_trainer.storage.cache import CacheConfig
+from dist_trainer.storage.retry import RetryConfig
+from dist_trainer.storage.storage import refuse_secrets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from dist_trainer.draws import BLOCKS, CLASS, CLASSES, FULL, WINDOW, hashes, key, permutation, permute
 from dist_trainer.errors import UserError
-from dist_trainer.keyed import BLOCKS, CLASS, CLASSES, FULL, WINDOW, hashes, key, permutation, permute
 
 Ids = npt.NDArray[np.int64]
 Kind = Literal["window", "full", "balanced", "none"]

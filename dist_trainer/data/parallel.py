@@ -13,8 +13,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dist_trainer.distributed.processes import STOP_SIGNALS, die_with_parent
 from dist_trainer.errors import UserError
-from dist_trainer.processes import STOP_SIGNALS, die_with_parent
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_trainer.data.blocks import Blocks
-from dist_trainer.data.cache import BlockCache, CacheConfig
 from dist_trainer.data.index import BAD, ShardIndex
-from dist_trainer.data.retry import RetryConfig, ShortRead, concurrently
-from dist_trainer.data.storage import Storage, is_remote
 from dist_trainer.errors import LocalError
+from dist_trainer.storage.cache import BlockCache, CacheConfig
+from dist_trainer.storage.retry import RetryConfig, ShortRead, concurrently
+from dist_trainer.storage.storage import Storage, is_remote
 
 Ids = npt.NDArray[np.int64]
 

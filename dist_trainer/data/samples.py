@@ -15,8 +15,8 @@ from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.order import ClassOrder, EpochOrder, OrderSpec
 from dist_trainer.data.read import Bad, Reader
 from dist_trainer.data.stages import Sample, Stages
+from dist_trainer.draws import DRAW, STAGE, UInt64, hashes, key, permute
 from dist_trainer.errors import Outage, UserError
-from dist_trainer.keyed import DRAW, STAGE, UInt64, hashes, key, permute
 from dist_trainer.plan import Plan
 
 Encoded = bytes | torch.Tensor | Bad

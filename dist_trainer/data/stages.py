@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from dist_trainer.by_name import resolve
+from dist_trainer.draws import STAGE, UInt64, hashes
 from dist_trainer.errors import UserError
-from dist_trainer.keyed import STAGE, UInt64, hashes
-from dist_trainer.named import resolve
 
 Sample = dict[str, Any]
 """`__key__` (sample number), `image` (encoded bytes), `cls` (class number). A stage may put decoded pixels, uint8

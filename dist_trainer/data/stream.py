@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dist_trainer.comm import World
 from dist_trainer.data.augment import Augment, CenterCrop
 from dist_trainer.data.batch import Batch, EvalAddress, SlotAddress
 from dist_trainer.data.config import DataConfig
@@ -21,10 +20,11 @@ from dist_trainer.data.order import ClassOrder, Kind, OrderSpec
 from dist_trainer.data.parallel import as_worker, start_resource_tracker
 from dist_trainer.data.samples import DrawnTrainSamples, EvalSamples, TrainSamples, drawn
 from dist_trainer.data.unindexed import StreamSpec, TarStream
+from dist_trainer.distributed.collectives import World
+from dist_trainer.distributed.processes import cores
+from dist_trainer.distributed.watchdog import beat
 from dist_trainer.errors import LocalError, UserError
 from dist_trainer.plan import Plan
-from dist_trainer.processes import cores
-from dist_trainer.watchdog import beat
 
 
 def num_workers(config: DataConfig, world: World) -> int:

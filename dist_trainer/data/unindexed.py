@@ -18,9 +18,9 @@ from dist_trainer.data.augment import Augment, crop_boxes
 from dist_trainer.data.batch import Batch, SlotAddress
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.decode import decode, resize
-from dist_trainer.data.storage import Storage
+from dist_trainer.draws import STREAM, hashes, key, permutation
 from dist_trainer.errors import UserError
-from dist_trainer.keyed import STREAM, hashes, key, permutation
+from dist_trainer.storage.storage import Storage
 
 SAID = (
     "data.source: stream: not guaranteed are: each sample once an epoch, the same order on another world or after a "

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_trainer.by_name import Named, check_args, resolve
+from dist_trainer.draws import INIT, key
 from dist_trainer.errors import UserError, first_line, nearest
-from dist_trainer.keyed import INIT, key
 from dist_trainer.models.mobilenet_v1 import MobileNetV1
 from dist_trainer.models.names import NAMES
 from dist_trainer.models.small_resnet import SmallResNet
-from dist_trainer.named import Named, check_args, resolve
 
 
 @dataclass(frozen=True, kw_only=True)

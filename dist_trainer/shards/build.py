@@ -14,13 +14,13 @@ import numpy as np
 
 from dist_trainer.data.index import BAD, VERSION, ShardIndex, join_names
 from dist_trainer.data.parallel import in_processes, progress
-from dist_trainer.data.retry import concurrently
-from dist_trainer.data.storage import Stat, Storage, is_remote
 from dist_trainer.errors import Outage, UserError
 from dist_trainer.shards.image_folder import file_names, images_below, scan_folder, stamp_of
 from dist_trainer.shards.join import ShardScan, join, refusal
 from dist_trainer.shards.labels import LabelRule
 from dist_trainer.shards.scan import scan_shard
+from dist_trainer.storage.retry import concurrently
+from dist_trainer.storage.storage import Stat, Storage, is_remote
 
 _FEW_BYTES, _FEW_FILES = 2**31, 20_000  # read sooner than processes start
 _AT_ONCE = 32  # requests for sizes under way

@@ -10,8 +10,8 @@ from typing import Any, BinaryIO, Literal
 
 from dist_trainer.data.index import BAD, ShardIndex
 from dist_trainer.data.parallel import in_processes, progress
-from dist_trainer.data.storage import Storage
 from dist_trainer.shards.tar import BLOCK
+from dist_trainer.storage.storage import Storage
 
 Level = Literal["headers", "crc", "decode"]
 _FEW = {"headers": 100_000, "crc": 20_000, "decode": 1000}  # samples that are checked sooner than processes start

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_trainer.data.index import BAD, ShardIndex
-from dist_trainer.data.storage import Storage
 from dist_trainer.errors import UserError
+from dist_trainer.storage.storage import Storage
 
 CLASSES = "classes.txt"
 """Beside tars: one class name per line, in the order of their numbers."""

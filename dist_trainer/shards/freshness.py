@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from dist_trainer.data.index import BAD, ShardIndex
-from dist_trainer.data.retry import concurrently
-from dist_trainer.data.storage import Storage, is_remote
 from dist_trainer.errors import UserError
 from dist_trainer.shards.build import ShardSet, sizes_and_stamps, stat_all
 from dist_trainer.shards.image_folder import file_names, stamp_of, what_changed
 from dist_trainer.shards.labels import LabelRule
+from dist_trainer.storage.retry import concurrently
+from dist_trainer.storage.storage import Storage, is_remote
 
 _RECHECKED = 64  # samples of a shard whose stamp changed
 _AT_ONCE = 32  # requests under way

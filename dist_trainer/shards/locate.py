@@ -9,10 +9,10 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from dist_trainer.data.index import FILE_NAME
-from dist_trainer.data.storage import Storage, is_remote, refuse_secret_url
 from dist_trainer.errors import UserError
 from dist_trainer.shards.build import ShardSet
 from dist_trainer.shards.image_folder import class_folders, holds_images
+from dist_trainer.storage.storage import Storage, is_remote, refuse_secret_url
 
 INDEX_SUFFIX = ".dtx"
 

@@ -13,11 +13,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from dist_trainer.data.index import BAD, SAMPLE, Problem
-from dist_trainer.data.storage import Storage
 from dist_trainer.errors import UserError
 from dist_trainer.shards.join import ShardScan, join
 from dist_trainer.shards.labels import LabelRule
 from dist_trainer.shards.tar import Damage, Member, members
+from dist_trainer.storage.storage import Storage
 
 __all__ = ["IMAGE_SUFFIXES", "LABEL_SUFFIX", "ShardScan", "join", "measure", "scan_shard", "scan_tar"]
 

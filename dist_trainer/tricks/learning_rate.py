@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dist_trainer.by_name import Named, check_args, resolve
 from dist_trainer.errors import UserError
-from dist_trainer.named import Named, check_args, resolve
 from dist_trainer.plan import Duration, Plan
 from dist_trainer.tricks.schedules import SCHEDULES
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
+from dist_trainer.by_name import Named, build
 from dist_trainer.errors import UserError
-from dist_trainer.named import Named, build
 from dist_trainer.tricks.mixing import Mix
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dist_trainer.draws import MIX, key
 from dist_trainer.errors import UserError
-from dist_trainer.keyed import MIX, key
 from dist_trainer.plan import Duration, Plan
 
 

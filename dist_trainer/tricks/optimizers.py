@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_trainer.by_name import Named, check_args, resolve
 from dist_trainer.errors import UserError
-from dist_trainer.named import Named, check_args, resolve
 from dist_trainer.tricks.layer_decay import layer_scales
 from dist_trainer.tricks.no_decay import NoDecay, without_decay
 

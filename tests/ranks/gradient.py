@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dist_trainer import arguments, comm
+from dist_trainer.config import arguments
 from dist_trainer.data.batch import Batch, SlotAddress
-from dist_trainer.engine import State
+from dist_trainer.distributed import collectives as comm
+from dist_trainer.engine.base import State
 from dist_trainer.log.console import Terminal
-from dist_trainer.run import Run, finish_run, start_run
+from dist_trainer.run.start import Run, finish_run, start_run
 
 TAIL = 234  # 60,000 = 234 * 256 + 96: of four micro-batches of 64, one whole, one half masked, two masked
 

@@ -24,11 +24,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from dist_trainer import arguments, comm
+from dist_trainer.config import arguments
+from dist_trainer.distributed import collectives as comm
 from dist_trainer.errors import UserError
-from dist_trainer.evaluation_run import evaluate_weights
 from dist_trainer.log.console import Terminal
-from dist_trainer.run import Run, finish_run, start_run
+from dist_trainer.run.evaluation import evaluate_weights
+from dist_trainer.run.start import Run, finish_run, start_run
 from dist_trainer.train import train
 
 

@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from dist_trainer import checkpoint, comm
 from dist_trainer.data.batch import Batch, SlotAddress
-from dist_trainer.engine import Engine, EngineConfig
-from dist_trainer.engines import build_engine
+from dist_trainer.distributed import collectives as comm
+from dist_trainer.engine.base import Engine, EngineConfig
+from dist_trainer.engine.build import build_engine
+from dist_trainer.engine.inference import Preprocess
 from dist_trainer.errors import UserError
-from dist_trainer.inference import Preprocess
 from dist_trainer.plan import BatchConfig, Duration, make_plan
+from dist_trainer.run_folder import checkpoint
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema, EmaConfig
 from dist_trainer.tricks.freezing import freeze

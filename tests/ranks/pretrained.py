@@ -4,11 +4,11 @@ import hashlib
 import sys
 from pathlib import Path
 
-from dist_trainer import comm
-from dist_trainer.data.storage import Storage
+from dist_trainer.distributed import collectives as comm
 from dist_trainer.errors import UserError
 from dist_trainer.models import ModelConfig, build_model
-from dist_trainer.pretrained import load_pretrained
+from dist_trainer.models.pretrained import load_pretrained
+from dist_trainer.storage.storage import Storage
 
 if __name__ == "__main__":
     source, folder = sys.argv[1], Path(sys.argv[2])

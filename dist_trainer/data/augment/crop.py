@@ -7,8 +7,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from dist_trainer.draws import CROP, UInt64, uniform
 from dist_trainer.errors import UserError
-from dist_trainer.keyed import CROP, UInt64, uniform
 from dist_trainer.plan import Duration, Plan
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dist_trainer.by_name import Named, build, check_args
 from dist_trainer.data.augment.crop import CropConfig, Sizes
 from dist_trainer.data.augment.cutout import Cutout
 from dist_trainer.data.augment.grid_mask import GridMask
@@ -14,9 +15,8 @@ from dist_trainer.data.augment.hide_and_seek import HideAndSeek
 from dist_trainer.data.augment.policy import OFF, OnPil
 from dist_trainer.data.augment.random_erasing import RandomErasing
 from dist_trainer.data.stages import seed_all
+from dist_trainer.draws import AUGMENT, FLIP, UInt64, hashes, uniform
 from dist_trainer.errors import UserError, nearest
-from dist_trainer.keyed import AUGMENT, FLIP, UInt64, hashes, uniform
-from dist_trainer.named import Named, build, check_args
 from dist_trainer.plan import Duration, Plan
 
 Transform = Callable[[torch.Tensor], torch.Tensor]

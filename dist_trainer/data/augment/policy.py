@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dist_trainer.by_name import Named, build
 from dist_trainer.errors import UserError
-from dist_trainer.named import Named, build
 
 OFF = "none"
 

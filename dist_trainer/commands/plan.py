@@ -1,0 +1,91 @@
+"""`plan`: everything that follows from a config, as figures and as a table."""
+
+import math
+from typing import Any
+
+from dist_trainer.config.tree import TrainConfig
+from dist_trainer.data.index import ShardIndex
+from dist_trainer.distributed.collectives import devices
+from dist_trainer.models.pretrained import advised_rate, find_pretrained
+from dist_trainer.plan import largest_world, num_slots
+from dist_trainer.run.advice import num_parameters, warnings
+from dist_trainer.run.blueprint import build_parts
+from dist_trainer.run.data import open_data, prepare_data
+from dist_trainer.storage.storage import Storage
+
+
+def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: int | None = None) -> dict[str, Any]:
+    """Figures by name. Whatever `train` would refuse is refused here: raises UserError."""
+    num_classes = 1000  # ImageNet's, where the data are not here
+    world = gpus if gpus is not None else largest_world(config.batch, devices())
+    train: ShardIndex | int
+    if num_samples is None:
+        train, _ = open_data(config, prepare_data(config))
+        num_classes = train.num_classes
+    else:
+        train = num_samples
+    parts = build_parts(config, train, num_classes, world)
+    plan, rate = parts.plan, parts.learning_rate
+    groups = parts.optimizer.param_groups
+    fine_tuning = {}
+    if config.model.pretrained:
+        find_pretrained(config.model, Storage(config.data.storage_options, config.data.retry))
+        fine_tuning["lr_advised"] = advised_rate(plan.num_samples)
+    return {
+        **fine_tuning,
+        "world": plan.world,
+        "parameters": num_parameters(parts.model),
+        "trained": sum(p.numel() for group in groups for p in group["params"]),
+        "decayed": sum(p.numel() for group in groups if group["weight_decay"] for p in group["params"]),
+        "lr_scale_least": min(group.get("lr_scale", 1.0) for group in groups),
+        "global_batch": plan.global_batch,
+        "micro_batch": plan.micro_batch,
+        "micro_batches_per_step": plan.num_slots,
+        "forwards_per_rank": plan.forwards,
+        "efficiency": plan.efficiency,
+        "legal_worlds": f"1 to {num_slots(config.batch)}",
+        "full_worlds": [w for w in range(1, plan.num_slots + 1) if plan.num_slots % w == 0],
+        "num_samples": plan.num_samples,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "samples_in_last_step": plan.num_valid(math.ceil(plan.steps_per_epoch) - 1),
+        "total_steps": plan.total_steps,
+        "warmup_steps": rate.warmup,
+        "lr_first": rate(0),
+        "lr_peak": rate.peak,
+        "lr_last": rate(plan.total_steps - 1),
+        "warnings": warnings(config, parts, 0 if num_samples else num_classes),
+    }
+
+
+def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """(the table as a person reads it, warnings)."""
+    f = figures
+    lines = list(f["warnings"])
+    if f["efficiency"] < 0.9:
+        better = max(w for w in f["full_worlds"] if w <= f["world"])
+        lines.append(
+            f"{f['world']} ranks share {f['micro_batches_per_step']} micro-batches unevenly: "
+            f"{1 - f['efficiency']:.0%} of the forwards do not count; {better} ranks divide them"
+        )
+    frozen = f["parameters"] - f["trained"]
+    rows = {
+        "model": f"{f['parameters']:,} parameters{f', {frozen:,} frozen' if frozen else ''}, {f['decayed']:,} with "
+        "weight decay",
+        "world": f"{f['world']} ranks (legal: {f['legal_worlds']}; even: {', '.join(map(str, f['full_worlds']))})",
+        "step": f"{f['global_batch']} samples = {f['micro_batches_per_step']} micro-batches of {f['micro_batch']}; "
+        f"{f['forwards_per_rank']} forward{'s' if f['forwards_per_rank'] > 1 else ''} per rank, "
+        f"{f['efficiency']:.0%} efficient",
+        "epoch": f"{f['num_samples']:,} samples = {f['steps_per_epoch']:,g} steps, "
+        f"{f['samples_in_last_step']} samples in the last",
+        "run": f"{f['total_steps']:,} steps",
+        "learning rate": f"{f['lr_first']:g} at step 0, {f['lr_peak']:g} after {f['warmup_steps']:,} steps of warm-up, "
+        f"{f['lr_last']:.3g} at the last"
+        + (f"; {f['lr_scale_least']:.2g} of it in the first layer" if f["lr_scale_least"] < 1 else ""),
+    }
+    if "lr_advised" in f:
+        per_256 = f["lr_peak"] * 256 / f["global_batch"]
+        rows["fine-tuning"] = (
+            f"{f['lr_advised']:.2g} per 256 samples is advised for {f['num_samples']:,} images (.001 below 1,000, .01 "
+            f"or more above 100,000, interpolated in between); here it is {per_256:.2g}"
+        )
+    return rows, lines

@@ -1,0 +1,232 @@
+"""Forward, backward, reduction, update: DeepSpeed at ZeRO 0 to 3, and its twin on torch's DDP, behind the same verbs.
+
+The gradient of a step is the exact mean over the valid
+samples of the global batch whatever the world: a micro-batch's loss is its weighted sum times W / (valid samples
+of the step), and both engines average gradients over the W ranks. A gradient that is not finite
+is never applied.
+"""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dist_trainer.data.batch import Batch
+from dist_trainer.distributed.collectives import World
+from dist_trainer.draws import FORWARD, key
+from dist_trainer.engine.inference import Inference, Preprocess
+from dist_trainer.errors import UserError
+from dist_trainer.plan import Plan
+from dist_trainer.tricks.compiling import compile_training, uncompiled
+from dist_trainer.tricks.gradient_checkpointing import checkpoint_blocks
+from dist_trainer.tricks.losses import Loss, weighted_sum
+from dist_trainer.tricks.mixing import Mixing
+
+State = dict[str, torch.Tensor]
+
+# Said on every rank and step, of names that other versions still need.
+warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated.*", category=FutureWarning)
+warnings.filterwarnings("ignore", message=r"`broadcast_buffers` is deprecated.*", category=FutureWarning)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How gradients are computed, reduced and applied."""
+
+    backend: Literal["deepspeed", "torch"] = "deepspeed"
+    """deepspeed, or torch: plain DistributedDataParallel, the same numbers."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """ZeRO stage. 0 suits convolutional networks; 1, 2, 3 shard optimizer state, gradients, weights."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 computes under autocast; weights, their gradients' sums and batch-norm stay float32 in both."""
+    clip_grad_norm: float | None = None
+    """Largest norm of the whole gradient, to which longer ones are scaled down; null does not clip."""
+    not_finite: Literal["skip", "stop", "roll_back"] = "skip"
+    """A gradient with NaN or infinity is never applied. Then: skip the step; stop the run; or go back to the weights of
+    the last checkpoint and on past all samples since."""
+    compile: bool = False
+    """torch.compile of the training forward and backward, at ZeRO 0 to 2: faster steps, the same up to rounding, after
+    some minutes of compilation. Evaluation runs uncompiled."""
+    gradient_checkpointing: bool = False
+    """Compute activations inside blocks again in backward instead of keeping them: less memory, about a third more
+    time, the same numbers."""
+
+    def check(self) -> None:
+        """Raises UserError for what does not go together."""
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise UserError(f"engine.clip_grad_norm: {self.clip_grad_norm} is not positive; null does not clip")
+        if self.backend == "torch" and self.zero:
+            raise UserError(f"engine.zero: {self.zero} needs engine.backend: deepspeed; torch's DDP is stage 0")
+        if self.compile and self.zero == 3:
+            raise UserError(
+                "engine.compile: gains nothing at engine.zero: 3, which gathers weights layer by layer and so cuts the "
+                "graph into pieces; take ZeRO 0 to 2, or set it to false"
+            )
+
+
+class Engine(Inference):
+    """What both backends share. `grad_norm` is that of the last step, before clipping."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        mixing: Mixing,
+        config: EngineConfig,
+        plan: Plan,
+        world: World,
+        preprocess: Preprocess,
+        seed: int,
+    ) -> None:
+        super().__init__(model.to(world.device), config.precision, preprocess, world)
+        if config.gradient_checkpointing:
+            checkpoint_blocks(model)
+        if config.compile:
+            compile_training(model, world.device)
+        self.plan, self.config = plan, config
+        self.grad_norm: torch.Tensor = torch.zeros(())
+        self._loss, self._mixing, self._seed = loss, mixing, seed
+        self._generator: torch.Generator = (
+            torch.cuda.default_generators[world.local_rank] if self._device.type == "cuda" else torch.default_generator
+        )
+        self._micro_step = 0
+        self._has_updated = False
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+
+    # What a backend provides
+
+    optimizer: torch.optim.Optimizer
+
+    def _forward(self, images: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def _update(self) -> bool:
+        """Apply the reduced gradients unless they are not finite; set `grad_norm`; clear the gradients."""
+        raise NotImplementedError
+
+    def optimizer_state(self) -> State:
+        """Optimizer state by parameter name (collective; whole on rank 0)."""
+        raise NotImplementedError
+
+    def load_optimizer_state(self, state: State) -> None:
+        """Undo `optimizer_state`, before the first step, whatever stage and world it came from.
+
+        Raises UserError when other parameters are trained now.
+        """
+        raise NotImplementedError
+
+    def _check_state(self) -> None:
+        """Raises UserError, after the first update, for an optimizer whose state no checkpoint could hold."""
+        raise NotImplementedError
+
+    # What the loop calls
+
+    def set_lr(self, rate: float) -> None:
+        """Of every group, times its `lr_scale` where layers differ."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+
+    def forward_backward(self, batch: Batch) -> torch.Tensor:
+        """One micro-batch: its gradient is added to the step's. Returns the weighted sum of losses (detached scalar).
+
+        The last of `plan.forwards` calls reduces the gradients over the ranks.
+        """
+        address: Any = batch.address
+        # Dropout and the like draw the same numbers for a slot on whichever rank it runs.
+        self._generator.manual_seed(key(FORWARD, self._seed, address.step, address.slot))
+        mix = self._mixing.draw(address.step, address.slot, batch.images.shape)
+        logits = self._forward(mix.images(self._prepare(batch.images))).float()
+        labels = batch.labels.to(self._device, non_blocking=True)
+        weight = batch.weight.to(self._device, non_blocking=True)
+        total = weighted_sum(self._loss, logits, labels, weight, mix)
+        self._backward(total * (self.world.size / self.plan.num_valid(address.step)))
+        self._micro_step += 1
+        return total.detach()
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        with uncompiled() if self.config.compile else contextlib.nullcontext():
+            return super().logits(images)
+
+    @property
+    def _is_last(self) -> bool:
+        return self._micro_step == self.plan.forwards - 1
+
+    def step(self) -> bool:
+        """Update the weights. False, on every rank alike, when the gradient was not finite: nothing changed then."""
+        assert self._micro_step == self.plan.forwards, "a step is plan.forwards micro-batches"
+        self._micro_step = 0
+        applied = self._update()
+        if applied and not self._has_updated:
+            self._check_state()
+            self._has_updated = True
+        return applied
+
+    def _clip_and_update(self) -> bool:
+        """For whole gradients, equal on all ranks: the one host read of a step, without a collective."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        self.grad_norm = nn.utils.get_total_norm(gradients)
+        if not math.isfinite(self.grad_norm.item()):
+            return False
+        if self.config.clip_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip_grad_norm, self.grad_norm)
+        return True
+
+    # The weights as such
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank keeps a piece of every parameter, not all parameters."""
+        return False
+
+    def own_weights(self) -> State:
+        """The live float32 weights that this rank keeps, by name: whole parameters, or its 1-d piece of each."""
+        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+
+    def own_part(self, whole: State) -> State:
+        """Of whole parameters what this rank keeps."""
+        return {name: whole[name] for name, _ in self.module.named_parameters()}
+
+    def whole(self, parts: State) -> State:
+        """Undo `own_part`: the ranks' pieces to whole parameters (collective; on rank 0 alone where sharded)."""
+        return parts
+
+    def model_state(self) -> State:
+        """float32 weights and buffers by name (collective; whole on rank 0)."""
+        state = {name: value.detach() for name, value in self.module.state_dict().items()}
+        return {**state, **self.whole(self.own_weights())}
+
+    @contextlib.contextmanager
+    def holding(self, weights: State) -> Iterator[None]:
+        """In this block the module holds other weights, afterwards its own, bit for bit (collective).
+
+        `weights`, as `own_weights`, are those of rank 0, which are broadcast at once; where sharded, each rank's own.
+        """
+        own = list(self.own_weights().values())
+        before = [value.clone() for value in own]
+        flat = torch.empty(sum(value.numel() for value in own), device=self._device)
+        if weights:
+            torch.cat([value.to(self._device).flatten() for value in weights.values()], out=flat)
+        if not self.is_sharded:
+            dist.broadcast(flat, 0)
+        parts = torch.split(flat, [value.numel() for value in own])
+        others = [part.view(value.shape) for part, value in zip(parts, own, strict=True)]
+        try:
+            self._rewrite(own, others)
+            yield
+        finally:
+            self._rewrite(own, before)
+
+    def _rewrite(self, own: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+        torch._foreach_copy_(own, values)
+
+    def close(self) -> None:
+        """Give back what the backend holds, before the process group ends."""

@@ -1,0 +1,127 @@
+"""Exact validation: integer counts, one packed sum, the same integers on any world."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from dist_trainer.data.augment import CenterCrop
+from dist_trainer.data.health import BadSample, Health
+from dist_trainer.data.index import ShardIndex
+from dist_trainer.data.stream import EvalStream
+from dist_trainer.distributed.collectives import gather_json
+from dist_trainer.engine.inference import Inference
+from dist_trainer.errors import UserError
+from dist_trainer.log.console import Terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How the validation set is scored."""
+
+    every: str | None = "1ep"
+    """How often to validate; null: only at the end."""
+    batch: int = 256
+    """Samples per forward and rank."""
+    resize: int | None = None
+    """Resize the shorter side to so many pixels first; null: as data.preprocess says."""
+    crop: int | None = None
+    """Then cut a square of so many pixels from the centre; null: as data.preprocess says."""
+    interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
+    """How they are resized, antialiased; auto: bilinear, or as data.preprocess says."""
+    train_samples: int = 5000
+    """Training samples that are scored too, the same ones each time, with the evaluation's transform: how far training
+    and validation differ shows overfitting and underfitting. 0: none."""
+    bad: Literal["count_wrong", "fail"] = "count_wrong"
+    """What a validation sample that cannot be read or decoded does: count as wrong, with a warning, or stop."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    correct1: int
+    correct5: int
+    num_samples: int
+    """All, bad ones included, so that accuracy never rises because samples are lost."""
+    loss: float
+    """Mean cross-entropy of the samples that are not bad, without label smoothing, whatever the training loss is."""
+    bad: tuple[BadSample, ...] = ()
+    """Samples that cannot be used; they count as wrong."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """top1 and top5 as fractions, loss."""
+        return {
+            "top1": self.correct1 / self.num_samples,
+            "top5": self.correct5 / self.num_samples,
+            "loss": self.loss,
+        }
+
+
+def center_crop(config: EvalConfig) -> CenterCrop:
+    for name in ("batch", "resize", "crop"):
+        value: Any = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"eval.{name}: {value} is not positive")
+    return CenterCrop(config.resize, config.crop, config.interpolation)
+
+
+def evaluate(engine: Inference, stream: EvalStream) -> EvalResult:
+    """Score every sample of `stream` once, on all ranks together (collective).
+
+    The module is in evaluation mode meanwhile and in its former mode afterwards. Raises UserError, on every rank, for
+    storage that stays away, and RuntimeError unless exactly all samples were counted.
+    """
+    # correct1, correct5, counted, loss: float64 holds integers exactly up to 2**53
+    sums = torch.zeros(4, dtype=torch.float64, device=engine.world.device)
+    bad: list[BadSample] = []
+    outages: list[str] = []
+    was_training = engine.module.training
+    engine.module.eval()
+    try:
+        for batch in stream:
+            logits = engine.logits(batch.images)
+            labels, weight = batch.labels.to(logits.device), batch.weight.to(logits.device)
+            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="none")
+            seen = weight > 0  # masks, no indexing by them: that would wait for the device at every batch
+            correct1, correct5 = (hits[:, 0] & seen).sum(), (hits.any(dim=1) & seen).sum()
+            bad += batch.bad
+            outages += [batch.outage] if batch.outage else []
+            sums += torch.stack([correct1, correct5, seen.sum(), torch.where(seen, loss, 0.0).double().sum()])
+    finally:
+        engine.module.train(was_training)
+    sums = torch.cat([sums, sums.new_tensor([len(bad), len(outages)])])
+    dist.all_reduce(sums)
+    top1, top5, counted, loss_sum, num_bad, num_outages = sums.tolist()
+    if num_outages:
+        raise UserError(next(line for rank in gather_json(engine.world, outages) for line in rank))
+    if int(counted + num_bad) != stream.num_samples:
+        raise RuntimeError(
+            f"validation counted {int(counted)} and {int(num_bad)} bad of {stream.num_samples} samples: "
+            "a bug, please report it"
+        )
+    if num_bad:
+        met = gather_json(engine.world, [asdict(each) for each in bad])
+        bad = sorted((BadSample(**each) for rank in met for each in rank), key=lambda each: each.sample)
+    return EvalResult(int(top1), int(top5), stream.num_samples, loss_sum / max(counted, 1.0), tuple(bad))
+
+
+def report_bad(
+    config: EvalConfig, index: ShardIndex, result: EvalResult, listing: Path | None, terminal: Terminal
+) -> None:
+    """Warn of bad validation samples and list them in `listing` (one rank's). Raises UserError for `eval.bad: fail`."""
+    if not result.bad:
+        return
+    health = Health(index, "auto", "val")
+    if listing is not None:
+        health.write(listing, health.learn(result.bad))
+    line = (
+        f"{len(result.bad)} bad validation samples of {result.num_samples}: {Health.summary(result.bad)}. "
+        f"Run: dist-trainer shards check {index.location}"
+    )
+    if config.bad == "fail":
+        raise UserError(f"eval.bad: fail: {line}")
+    terminal.say(f"warning: they count as wrong: {line}")

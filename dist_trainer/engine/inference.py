@@ -1,0 +1,46 @@
+"""A model on its device, the preprocessing in front of it, and its forward in evaluation."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dist_trainer.distributed.collectives import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """From uint8 pixels to what the network takes: (pixels / 255 - mean) / std per channel, and the memory layout."""
+
+    mean: list[float]
+    std: list[float]
+    channels_last: bool
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+class Inference:
+    """A model that stands on its device, and its forward in evaluation. What every engine can do."""
+
+    def __init__(self, model: nn.Module, precision: str, preprocess: Preprocess, world: World) -> None:
+        self.module, self.world = model, world
+        self._device = world.device
+        self._format = preprocess.memory_format
+        self._autocast = precision == "bf16"
+        mean = torch.tensor(preprocess.mean, device=self._device).reshape(1, -1, 1, 1)
+        std = torch.tensor(preprocess.std, device=self._device).reshape(1, -1, 1, 1)
+        self._scale, self._shift = 1.0 / (255.0 * std), -mean / std
+
+    def _prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [m, C, H, W] to normalised float32 on the device."""
+        images = images.to(self._device, non_blocking=True)
+        return images.to(dtype=torch.float32, memory_format=self._format).mul_(self._scale).add_(self._shift)
+
+    @torch.no_grad()
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """float32 [m, K] of uint8 images [m, C, H, W], in whatever mode the module is; every rank must call it."""
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+            output: torch.Tensor = self.module(self._prepare(images))
+        return output.float()

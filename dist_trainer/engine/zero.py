@@ -1,0 +1,163 @@
+"""The engines on DeepSpeed, at ZeRO 0 and at ZeRO 1 to 3. With zero_state.py the only file that imports deepspeed."""
+
+import contextlib
+import logging
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dist_trainer.engine.base import Engine, EngineConfig, State
+from dist_trainer.engine.ddp import TorchEngine
+from dist_trainer.engine.optimizer_state import check_element_wise, settings
+from dist_trainer.plan import Plan
+
+
+def deepspeed_config(config: EngineConfig, plan: Plan) -> dict[str, Any]:
+    """Every key that DeepSpeed is given; users hand in no raw JSON.
+
+    `gradient_clipping` is always written, since its default is 1.0. Accumulation is the plan's, told to DeepSpeed
+    micro-batch by micro-batch, so its own count is 1. The empty list of lower-precision modules keeps gradients
+    from being reduced in bf16. The throughput timer would wait for the device twice a step. ZeroStage0 clips, checks
+    and computes under autocast by itself, without another collective.
+    """
+    clip = config.clip_grad_norm or 0.0
+    values: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip if config.zero else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},
+        "zero_optimization": {"stage": config.zero, "reduce_bucket_size": 50_000_000},
+    }
+    if config.precision == "bf16":
+        values["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return values
+
+
+def _initialize_deepspeed(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: EngineConfig, plan: Plan, device: torch.device
+) -> Any:
+    """DeepSpeed's engine around `model`, which stands on its device."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    from dist_trainer.engine.zero_state import no_inference_kernels
+
+    if device.type == "cpu":
+        no_inference_kernels()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed asks for it even without a launcher
+    deepspeed.init_distributed(dist_init_required=False)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, plan))
+    return engine
+
+
+class ZeroStage0(TorchEngine):
+    """DeepSpeed with nothing to shard: its engine makes the update, and the rest is DDP's.
+
+    DeepSpeed's own reduction begins when backward has ended; DDP's overlaps with it.
+    """
+
+    def _prepare_update(self) -> None:
+        # Before the layout changes: initialize does not take channels_last weights.
+        self._engine = _initialize_deepspeed(self.module, self.optimizer, self.config, self.plan, self._device)
+
+    def _apply_update(self) -> None:
+        self._engine.step()
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed at ZeRO 1, 2 and 3. Weights live in flat buffers and stay contiguous; only images are channels_last."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        self._engine = _initialize_deepspeed(model, optimizer, self.config, self.plan, self._device)
+        self.optimizer = self._engine.optimizer
+        self._built = settings(self.optimizer)
+        for buffer in self.module.buffers():  # DeepSpeed broadcasts parameters only
+            dist.broadcast(buffer, 0)
+        self._coalesce: contextlib.ExitStack | None = None
+
+    def _forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.plan.forwards > 1 and self._micro_step == 0:  # one reduction per step, at the exit of this block
+            self._coalesce = contextlib.ExitStack()
+            self._coalesce.enter_context(self._engine.coalesce_grad_reduction())
+        output: torch.Tensor = self._engine(images)
+        return output
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if self._coalesce is not None and self._is_last:
+            self._coalesce.close()
+            self._coalesce = None
+
+    def _update(self) -> bool:
+        self._engine.step()
+        self.grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
+        return bool(self._engine.was_step_applied())
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.config.zero == 3
+
+    def own_weights(self) -> State:
+        if not self.is_sharded:
+            return super().own_weights()
+        from dist_trainer.engine.zero_state import piece
+
+        return {name: piece(parameter) for name, parameter in self.module.named_parameters()}
+
+    def own_part(self, whole: State) -> State:
+        if not self.is_sharded:
+            return super().own_part(whole)
+        from dist_trainer.engine.zero_state import cut
+
+        parameters = dict(self.module.named_parameters())
+        return {name: cut(whole[name], each, self.world.rank) for name, each in parameters.items()}
+
+    def whole(self, parts: State) -> State:
+        if not self.is_sharded:
+            return super().whole(parts)
+        from dist_trainer.engine.zero_state import joined
+
+        flat = torch.cat([part.to(self._device) for part in parts.values()])
+        everyone = [torch.empty_like(flat) for _ in range(self.world.size)] if self.world.is_main else None
+        dist.gather(flat, everyone)
+        return joined(dict(self.module.named_parameters()), everyone) if everyone else {}
+
+    def _rewrite(self, own: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+        if not self.is_sharded:
+            super()._rewrite(own, values)
+            return
+        from dist_trainer.engine.zero_state import pieces_rewritten
+
+        with pieces_rewritten(self._engine):
+            super()._rewrite(own, values)
+
+    def optimizer_state(self) -> State:
+        from dist_trainer.engine.zero_state import get_optimizer_state
+
+        return get_optimizer_state(self._engine, self.config.zero)
+
+    def load_optimizer_state(self, state: State) -> None:
+        from dist_trainer.engine.zero_state import set_optimizer_state
+
+        set_optimizer_state(self._engine, self.config.zero, state, self.world.rank)
+
+    def _check_state(self) -> None:
+        from dist_trainer.engine.zero_state import base_optimizer, partitions
+
+        check_element_wise(
+            base_optimizer(self._engine), partitions(self._engine, self.config.zero), self._built, self.config.zero
+        )
+
+    def close(self) -> None:
+        self._engine.destroy()

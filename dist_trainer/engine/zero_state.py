@@ -1,0 +1,128 @@
+"""Whole optimizer state in and out of a ZeRO engine, by parameter name: every private attribute of DeepSpeed we touch.
+
+Together with deepspeed_engine.py the only file that imports deepspeed; pinned to 0.19 in pyproject.toml and guarded by
+tests/test_worlds.py, which fails loudly when one of these attributes changes its meaning.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
+from torch import nn
+
+from dist_trainer.engine.optimizer_state import check_names, decode, encode
+
+State = dict[str, torch.Tensor]
+
+
+def no_inference_kernels() -> None:
+    """Keep DeepSpeed from building its shared-memory C++ extension (44 s, needs a compiler), which only inference uses.
+
+    No environment variable turns it off; this table is what decides. For the CPU alone: on CUDA it rules other kernels.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__dict__["__compatible_ops__"] = {"deepspeed_shm_comm": False}
+
+
+def _relink(optimizer: Any, stage: int) -> None:
+    """Stages 1 and 2 link parameters to their optimizer state after the first group's first step only: link all."""
+    if stage in (1, 2):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The user's, whose parameters are the flat partitions."""
+    base: torch.optim.Optimizer = engine.optimizer.optimizer
+    return base
+
+
+def partitions(engine: Any, stage: int) -> list[torch.Tensor]:
+    """This rank's flat float32 partitions, one or more per parameter group: the base optimizer's parameters."""
+    optimizer = engine.optimizer
+    parts: list[torch.Tensor] = (
+        optimizer.single_partition_of_fp32_groups if stage < 3 else optimizer.fp32_partitioned_groups_flat
+    )
+    return parts
+
+
+def piece(parameter: nn.Parameter) -> torch.Tensor:
+    """Stage 3: this rank's float32 piece of a parameter, 1-d, padded to the same length on all ranks."""
+    part: torch.Tensor = parameter.ds_tensor.detach()  # type: ignore[attr-defined]
+    return part
+
+
+def cut(whole: torch.Tensor, parameter: nn.Parameter, rank: int) -> torch.Tensor:
+    """Stage 3: of a whole value (of the parameter or of its optimizer state) the piece that belongs to `rank`."""
+    size = piece(parameter).numel()
+    flat = whole.flatten()[rank * size : (rank + 1) * size].to(parameter.device)
+    return nn.functional.pad(flat, (0, size - flat.numel()))  # the last is padded
+
+
+def joined(parameters: dict[str, nn.Parameter], everyone: list[torch.Tensor]) -> State:
+    """Stage 3: whole values of all parameters from each rank's pieces, laid end to end."""
+    sizes = [piece(parameter).numel() for parameter in parameters.values()]
+    state: State = {}
+    for (name, parameter), parts in zip(
+        parameters.items(), zip(*(torch.split(flat, sizes) for flat in everyone), strict=True), strict=True
+    ):
+        shape: torch.Size = parameter.ds_shape  # type: ignore[attr-defined]
+        state[name] = torch.cat(parts)[: shape.numel()].view(shape)
+    return state
+
+
+@contextlib.contextmanager
+def pieces_rewritten(engine: Any) -> Iterator[None]:
+    """Stage 3: pieces may be written in this block (collective). Small parameters are kept whole beside them."""
+    engine.optimizer.checkpoint_event_prologue()
+    yield
+    engine.optimizer.checkpoint_event_epilogue()
+
+
+def _trained(engine: Any) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+
+
+def get_optimizer_state(engine: Any, stage: int) -> State:
+    """{"momentum_buffer/conv.weight": tensor, ...}, whole, on every rank (collective). Empty before the first step."""
+    base, parts = base_optimizer(engine), partitions(engine, stage)
+    values = encode(base.state.get(parts[0], {}), type(base).__name__)
+    _relink(engine.optimizer, stage)
+    state: State = {}
+    for name, parameter in _trained(engine).items():
+        for key, value in values.items():
+            if value.dim():
+                whole = safe_get_full_optimizer_state(parameter, key)
+                state[f"{key}/{name}"] = whole.detach().reshape(getattr(parameter, "ds_shape", parameter.shape))
+            else:  # a step counter, equal for all
+                state[f"{key}/{name}"] = value
+    return state
+
+
+def set_optimizer_state(engine: Any, stage: int, state: State, rank: int) -> None:
+    """Undo `get_optimizer_state` in an engine that has not stepped, on any stage and world."""
+    check_names(engine.module, state)
+    base = base_optimizer(engine)
+    kinds: State = {}
+    for full_name, value in state.items():
+        kinds.setdefault(full_name.partition("/")[0], value)
+    on_device = any(group.get("fused") or group.get("capturable") for group in base.param_groups)  # torch's own rule
+    for part in partitions(engine, stage):
+        for kind, value in kinds.items():
+            key, counter = decode(kind, value.to(part.device) if on_device else value.clone())
+            base.state[part][key] = torch.zeros_like(part) if value.dim() else counter
+    _relink(engine.optimizer, stage)
+    for name, parameter in _trained(engine).items():
+        for key in (key for key, value in kinds.items() if value.dim()):
+            value = state[f"{key}/{name}"].to(parameter.device)
+            if stage < 3:
+                safe_set_full_optimizer_state(parameter, value, key)
+            else:  # the library's own setter forgets that the last partition is padded
+                safe_set_local_optimizer_state(parameter, cut(value, parameter, rank), key)

@@ -1,0 +1,260 @@
+"""Weights to begin with: read from whatever file they are in, matched by name, and an account of all that did not fit.
+
+Nothing that a file holds is ever run: safetensors, or torch's format with `weights_only`, where beside torch's own
+list argparse.Namespace alone is let by, a bag of values in which timm's checkpoints keep their arguments.
+"""
+
+import argparse
+import hashlib
+import io
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from dist_trainer.distributed.collectives import World, broadcast_tensors, on_main
+from dist_trainer.errors import UserError
+from dist_trainer.models import ModelConfig
+from dist_trainer.models.published import Published, chosen, fetch, tags_of
+from dist_trainer.run_folder import checkpoint
+from dist_trainer.storage.storage import Storage, is_remote
+
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Under which training programs keep weights, those that are taken first at the front: as timm does."""
+_PREFIXES = ("module.", "_orig_mod.")
+"""What DistributedDataParallel, AveragedModel and torch.compile put in front of every name."""
+_SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What became of weights to begin with. Names are the model's where it has them, and else the file's."""
+
+    source: str
+    sha256: str
+    """Of the file; "" for what a library fetched."""
+    num_tensors: int
+    """Of the model; so many of them were `loaded`, which are `share` of its parameters."""
+    loaded: int
+    share: float
+    dropped: list[str]
+    """Of the classifier, whose shape differs."""
+    missing: list[str]
+    """Tensors of the model that the file has not: they keep their random values."""
+    unexpected: list[str]
+    """What the file has and the model has not."""
+
+    def lines(self) -> list[str]:
+        """For the user: a summary, then a line for each name, up to a few of a kind."""
+        lines = [
+            f"pretrained: {self.loaded} of {self.num_tensors} tensors, {self.share:.1%} of the parameters, "
+            f"from {self.source}"
+        ]
+        for kind in ("dropped", "missing", "unexpected"):
+            names = getattr(self, kind)
+            lines += [f"  {kind}: {name}" for name in names[:_SHOWN]]
+            if len(names) > _SHOWN:
+                lines.append(f"  {kind}: {len(names) - _SHOWN} more")
+        return lines
+
+
+def load_pretrained(config: ModelConfig, storage: Storage, model: nn.Module, world: World) -> Loaded:
+    """Have `model` begin with the weights that `config.pretrained` names (collective).
+
+    One rank reads or fetches them, and sends them to the others. Raises UserError for what cannot be loaded.
+    """
+
+    def load() -> dict[str, Any]:
+        found = find_pretrained(config, storage)
+        if isinstance(found, Published):
+            return asdict(fit(model, fetch(found, config.args), str(found)))
+        return asdict(fit(model, *read_weights(found, storage)))
+
+    loaded = Loaded(**on_main(world, load))
+    broadcast_tensors(world, model.state_dict().values())
+    return loaded
+
+
+def find_pretrained(config: ModelConfig, storage: Storage) -> Published | str:
+    """The published weights, or the place of a file or folder, that `config.pretrained` names.
+
+    Raises UserError where nothing is, without reading it.
+    """
+    published = chosen(config)
+    if published is not None:
+        return published
+    place = str(config.pretrained)
+    try:
+        storage.stat(place)
+    except FileNotFoundError:
+        tags = tags_of(config)
+        known = f"; {config.name} has published weights {', '.join(tags)}" if tags and "/" not in place else ""
+        raise UserError(f"model.pretrained: {place}: no such file{known}") from None
+    except OSError as error:
+        raise UserError(f"model.pretrained: {place}: cannot be read: {error.strerror or error}") from None
+    return place
+
+
+def read_weights(place: str, storage: Storage) -> tuple[Mapping[str, Any], str, str]:
+    """(weights by name, where they were found, SHA-256 of the file) of a file, a URL, a checkpoint or a run folder.
+
+    Raises UserError for what cannot be read or must not be unpickled.
+    """
+    if not is_remote(place) and Path(place).is_dir():
+        place = str(_file_in(Path(place)))
+    try:
+        with storage.open(place) as file:
+            data = file.read()
+    except OSError as error:
+        raise UserError(f"model.pretrained: {place}: cannot be read: {error.strerror or error}") from None
+    weights, wrapper = unwrap(_parse(data, place), place)
+    return weights, f"{place} ({wrapper})" if wrapper else place, hashlib.sha256(data).hexdigest()
+
+
+def _file_in(folder: Path) -> Path:
+    """The weights of a checkpoint folder, or the best, or else the newest, of a run folder. Raises UserError."""
+    for root in (folder / "best", folder / "checkpoints"):
+        found, _ = checkpoint.newest(root)
+        if found is not None:
+            return found / "model.safetensors"
+    reason = checkpoint.fault(folder)
+    if reason is not None:
+        raise UserError(
+            f"model.pretrained: {folder}: neither a run folder with checkpoints nor a checkpoint ({reason})"
+        )
+    return folder / "model.safetensors"
+
+
+def _parse(data: bytes, place: str) -> Any:
+    """What a file of either format holds, whatever it is called."""
+    if data[8:9] == b"{":
+        try:
+            return safetensors.torch.load(data)
+        except SafetensorError as error:
+            raise UserError(f"model.pretrained: {place}: not a whole safetensors file ({error})") from None
+    if not data.startswith((b"PK\x03\x04", b"\x80")):
+        raise UserError(f"model.pretrained: {place}: neither a safetensors nor a torch file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        what = match[1] if match else "more than tensors and plain values"
+        raise UserError(
+            f"model.pretrained: {place}: refused: it holds {what}, and to unpickle that could run any code; where you "
+            "trust it, load it in Python and save its state_dict alone"
+        ) from None
+    except Exception as error:  # zipfile's, struct's and torch's own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model.pretrained: {place}: not a whole torch file ({reason})") from None
+
+
+def unwrap(content: Any, place: str) -> tuple[Mapping[str, Any], str]:
+    """(weights by name, the key of a training program's checkpoint that they were under, or ""). Raises UserError."""
+    taken: list[str] = []
+    while isinstance(content, Mapping):
+        inner = next((name for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
+        if inner is None:
+            break
+        content, taken = content[inner], [*taken, inner]
+    if not isinstance(content, Mapping) or not any(isinstance(value, torch.Tensor) for value in content.values()):
+        what = (
+            f"the keys {', '.join(map(str, list(content)[:4]))}"
+            if isinstance(content, Mapping)
+            else type(content).__name__
+        )
+        raise UserError(f"model.pretrained: {place}: no weights in it, but {what}")
+    return content, ".".join(taken)
+
+
+def classifiers_of(model: nn.Module) -> list[str]:
+    """Names of the layers that give the logits: timm says them, and elsewhere it is the last linear one.
+
+    A convolution of 1x1 is linear too: SqueezeNet ends with one.
+    """
+    known = getattr(model, "pretrained_cfg", None) or {}
+    names = known.get("classifier") if isinstance(known, Mapping) else None
+    if names:
+        return [names] if isinstance(names, str) else list(names)
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
+    ]
+    return linear[-1:]
+
+
+def fit(model: nn.Module, weights: Mapping[str, Any], source: str, sha256: str = "") -> Loaded:
+    """Load what has the name and the shape of a tensor of `model`; a classifier of another shape is left out, whole.
+
+    Raises UserError, and loads nothing, for any other shape that differs, and when not one name is known.
+    """
+    own = model.state_dict()
+    named = {key if key in own else _without_prefixes(key): value for key, value in weights.items()}
+    matched: dict[str, torch.Tensor] = {}
+    dropped: list[str] = []
+    wrong: list[str] = []
+    hint = ""
+    classifiers = classifiers_of(model)
+    for name, old in own.items():
+        value = named.get(name)
+        if not isinstance(value, torch.Tensor):
+            continue
+        if value.shape == old.shape:
+            matched[name] = value
+            continue
+        is_classifier = name.rpartition(".")[0] in classifiers
+        (dropped if is_classifier else wrong).append(f"{name} {list(value.shape)} for {list(old.shape)}")
+        if value.shape[1:2] == (3,) and old.shape[1:2] == (1,):
+            hint = "; data.channels: 3 reads grey images as RGB"
+    if wrong:
+        raise UserError(
+            f"model.pretrained: {source}: other shapes than the model's: {', '.join(wrong[:3])}"
+            f"{' ...' if len(wrong) > 3 else ''}; check model.name and model.args{hint}"
+        )
+    if not matched:
+        raise UserError(
+            f"model.pretrained: {source}: none of its names is one of the model's: it has {_some(weights)}, and the "
+            f"model {_some(own)}; check model.name"
+        )
+    model.load_state_dict(matched, strict=False)
+    left_out = {each.partition(" ")[0] for each in dropped}
+    parameters = dict(model.named_parameters())
+    return Loaded(
+        source=source,
+        sha256=sha256,
+        num_tensors=len(own),
+        loaded=len(matched),
+        share=sum(parameters[n].numel() for n in matched if n in parameters)
+        / sum(p.numel() for p in parameters.values()),
+        dropped=dropped,
+        missing=[name for name in own if name not in matched and name not in left_out],
+        unexpected=sorted(name for name, value in named.items() if name not in own or not torch.is_tensor(value)),
+    )
+
+
+def _without_prefixes(name: str) -> str:
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    return name
+
+
+def _some(names: Mapping[str, Any]) -> str:
+    return ", ".join(map(str, list(names)[:3])) + (", ..." if len(names) > 3 else "")
+
+
+def advised_rate(num_samples: int) -> float:
+    """The rate per 256 samples at which PaddleClas's guide ("Improve the accuracy of your own data set with existing
+    pre-trained models") begins: .001 below 1,000 training images, .01 or more above 100,000.
+
+    Between these it says nothing; here the logarithm of the rate is interpolated in the logarithm of their number.
+    """
+    return 1e-3 * math.sqrt(min(max(num_samples, 1_000), 100_000) / 1_000)

@@ -1,0 +1,96 @@
+"""A flat folder of images whose classes are in a table: ImageNet's validation set as it comes."""
+
+import csv
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path, PurePosixPath
+
+from dist_trainer.errors import UserError
+from dist_trainer.packing.sources import ListedImages, few, images_below, require_classes, suffix_of
+from dist_trainer.shards.scan import IMAGE_SUFFIXES
+
+
+def _bare(name: str) -> str:
+    """A file name without its folder and its image suffix: as it is compared with a table."""
+    path = PurePosixPath(name)
+    return path.stem if suffix_of(name) in IMAGE_SUFFIXES else path.name
+
+
+def _read_table(table: Path) -> list[tuple[str, str]]:
+    """The first two columns, split at commas, semicolons, tabs or blanks."""
+    try:
+        lines = [line for line in table.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        delimiter = next((d for d in ",;\t" if lines and d in lines[0]), None)
+        rows = list(csv.reader(lines, delimiter=delimiter)) if delimiter else [line.split(None, 1) for line in lines]
+    except OSError as error:
+        raise UserError(f"--labels: {table}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--labels: {table}: not a table of text ({error})") from None
+    for row in rows:
+        if len(row) < 2 or not row[0].strip() or not row[1].strip():
+            raise UserError(f"--labels: {table}: the row {' '.join(row)!r} is not a file name and a class")
+    return [(row[0].strip(), row[1].strip()) for row in rows]
+
+
+_BOXES = re.compile(r"(\S+)(?: -?\d+){4}(?: .*)?")  # Kaggle's PredictionString: a synset and a box, again and again
+
+
+class LabelledFolder(ListedImages):
+    """Images in `root`, whatever folders they lie in, with the classes that the CSV `table` gives their names.
+
+    A header is recognised; so is Kaggle's LOC_val_solution.csv. File names may lack folder and suffix. A class is a
+    name, or its number in `class_names`, which are training's. Without them classes are what the table holds.
+    """
+
+    def __init__(self, root: Path, table: Path, class_names: tuple[str, ...] | None = None) -> None:
+        files, num_ignored = images_below(root)
+        if not files:
+            raise UserError(f"{root}: no images ({', '.join(IMAGE_SUFFIXES)})")
+        present = {_bare(file) for file in files}
+        _refuse(root, "images have the same name as another one", _repeated(_bare(file) for file in files))
+        rows = _read_table(table)
+        if rows and _bare(rows[0][0]) not in present and rows[0][1] not in {cell for _, cell in rows[1:]}:
+            rows = rows[1:]  # a header
+        classes = {_bare(name): _class_of(cell) for name, cell in rows}
+        _refuse(table, "images are named twice", _repeated(_bare(name) for name, _ in rows))
+        _refuse(table, f"images are not in {root}", classes.keys() - present)
+        _refuse(root, f"images have no class in {table}", present - classes.keys())
+        numbers, names = _number_classes(table, set(classes.values()), class_names)
+        super().__init__(root, files, [numbers[classes[_bare(file)]] for file in files], names, num_ignored)
+
+
+def _class_of(cell: str) -> str:
+    match = _BOXES.fullmatch(cell)
+    return match[1] if match else cell
+
+
+def _number_classes(
+    table: Path, found: set[str], class_names: tuple[str, ...] | None
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """(the class number of every cell, the class names).
+
+    Raises UserError unless the cells are all of `class_names`, or all numbers from 0 up to their largest.
+    """
+    named = class_names is not None and found <= set(class_names)
+    if named or not all(cell.isdecimal() for cell in found):
+        names = class_names or tuple(sorted(found))
+        require_classes(table, found, names)
+        return {name: number for number, name in enumerate(names)}, names
+    numbers = {cell: int(cell) for cell in found}
+    size = len(class_names) if class_names else len(found)
+    if len(set(numbers.values())) != size or max(numbers.values()) != size - 1:
+        raise UserError(
+            f"{table}: {len(found):,} class numbers, {min(numbers.values())} to {max(numbers.values())}: they must be "
+            f"0 to {size - 1}, counting the {'class names of training' if class_names else 'classes'} as sorted"
+        )
+    return numbers, class_names or tuple(str(number) for number in range(size))
+
+
+def _repeated(names: Iterable[str]) -> set[str]:
+    seen: set[str] = set()
+    return {name for name in names if name in seen or seen.add(name)}  # type: ignore[func-returns-value]
+
+
+def _refuse(where: object, problem: str, names: Collection[str]) -> None:
+    if names:
+        raise UserError(f"{where}: {len(names):,} {problem}: {few(names)}")

@@ -1,0 +1,57 @@
+"""`eval`: the exact accuracy of given weights."""
+
+from pathlib import Path
+
+from dist_trainer.config.tree import TrainConfig
+from dist_trainer.data.index import ShardIndex
+from dist_trainer.data.stream import EvalStream
+from dist_trainer.distributed.collectives import World, on_main
+from dist_trainer.engine.evaluate import EvalResult, center_crop, evaluate, report_bad
+from dist_trainer.engine.inference import Inference, Preprocess
+from dist_trainer.engine.numerics import set_numerics
+from dist_trainer.log.console import Terminal
+from dist_trainer.models import build_model
+from dist_trainer.run.data import open_data, prepare_data
+from dist_trainer.run_folder import checkpoint
+from dist_trainer.tricks.freezing import freeze
+
+
+class Evaluation:
+    """The config's model and validation set, without an engine: weights go in, their exact accuracy comes out."""
+
+    def __init__(self, config: TrainConfig, world: World, terminal: Terminal) -> None:
+        """Raises UserError for data that cannot be used (collective)."""
+        set_numerics(config.run.deterministic)
+        place = on_main(world, lambda: prepare_data(config))
+        for note in place["notes"]:
+            terminal.say(note)
+        self.train_index: ShardIndex
+        self.val_index: ShardIndex
+        self.train_index, self.val_index = open_data(config, place)
+        model = build_model(config.model, self.train_index.num_classes, config.run.seed)
+        freeze(model, config.model.freeze)  # batch-norm is re-estimated where training moved it
+        preprocess = Preprocess(mean=config.data.mean, std=config.data.std, channels_last=config.model.channels_last)
+        self.inference = Inference(model.to(world.device), config.engine.precision, preprocess, world)
+        model.to(memory_format=preprocess.memory_format)
+        self._config, self._terminal = config, terminal
+        self._stream = EvalStream(self.val_index, config.data, center_crop(config.eval), config.eval.batch, world)
+
+    def load(self, weights: checkpoint.State, where: str) -> None:
+        """Raises UserError for weights that do not fit the model."""
+        checkpoint.load_into(self.inference.module, weights, where)
+
+    def score(self) -> EvalResult:
+        """Of what was loaded (collective)."""
+        result = evaluate(self.inference, self._stream)
+        report_bad(self._config.eval, self._stream.index, result, None, self._terminal)
+        return result
+
+
+def evaluate_weights(
+    config: TrainConfig, weights: Path, world: World, terminal: Terminal, name: str = "model"
+) -> EvalResult:
+    """Score `weights` (a safetensors file, or `name` of a checkpoint folder) on the validation set (collective)."""
+    state = checkpoint.load_weights(weights, name)
+    evaluation = Evaluation(config, world, terminal)
+    evaluation.load(state, str(weights))
+    return evaluation.score()

@@ -1,0 +1,230 @@
+"""From what a config names to an index that is whole and fits its shards; made here where that takes no decision."""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dist_trainer.data.index import ShardIndex
+from dist_trainer.distributed.processes import cores
+from dist_trainer.errors import LocalError, UserError
+from dist_trainer.shards.build import ShardSet, build_index
+from dist_trainer.shards.classes import CLASSES, is_class_sorted, match_classes, numbering_note, read_classes
+from dist_trainer.shards.freshness import check_content, check_shards, is_current
+from dist_trainer.shards.labels import LabelRule
+from dist_trainer.shards.locate import INDEX_SUFFIX, Place, locate, rooted
+from dist_trainer.storage.storage import RetryConfig, Storage, is_remote
+
+__all__ = [
+    "describe",
+    "find_index",
+    "index_shards",
+    "is_class_sorted",
+    "match_classes",
+    "numbering_note",
+    "open_index",
+    "prepare_index",
+]
+
+
+def prepare_index(
+    key: str,
+    location: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    retry: RetryConfig | None = None,
+    fallback: Path | None = None,
+) -> tuple[str, str]:
+    """The index of `location`, held against its shards; local tars and image folders without one are indexed.
+
+    To be called on one rank. `fallback` is a folder for what cannot be written beside the data: the index of a
+    read-only folder, the copy of a remote index. Returns (path of a local index file, a line to print or ""). Raises
+    UserError, which begins with the config key `key`, for what is missing, damaged or not what was indexed.
+    """
+    storage = Storage(options, retry or RetryConfig())
+    try:
+        place = locate([location], storage)
+        path = _existing(place, location, storage, fallback)
+        if path is None:
+            return _make(place, location, options, fallback)
+        index = ShardIndex.load(path)
+        check_shards(index, path, place.shards)
+        return str(path), check_content(index, path, storage)
+    except LocalError:
+        raise
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{key}: {error.filename or location}: {error.strerror or error}") from None
+
+
+def open_index(path: str) -> ShardIndex:
+    """Map an index that `prepare_index` has looked at. Raises UserError when it is not there, or damaged."""
+    if not Path(path).is_file():
+        raise LocalError(f"{path}: not on this host; the index must lie where every host sees it, or be copied to each")
+    return ShardIndex.load(Path(path), verify=False)
+
+
+def find_index(location: str, *, options: Mapping[str, Any] | None = None, fallback: Path | None = None) -> ShardIndex:
+    """The index of `location`, which must be there; its shards are not looked at. Raises UserError."""
+    storage = Storage(options)
+    try:
+        path = _existing(locate([location], storage), location, storage, fallback)
+    except OSError as error:
+        raise UserError(f"{error.filename or location}: {error.strerror or error}") from None
+    if path is None:
+        raise UserError(f"{location}: has no index; make it with: dist-trainer shards index '{location}'")
+    return ShardIndex.load(path)
+
+
+def index_shards(
+    locations: Sequence[str],
+    out: Path | None = None,
+    *,
+    label: str | None = None,
+    classes: str | None = None,
+    allow_bad: int = 0,
+    options: Mapping[str, Any] | None = None,
+    num_processes: int = 1,
+    say: Callable[[str], None] = lambda line: None,
+) -> str:
+    """Make the index of `locations` in `out` (default: where `prepare_index` looks), unless it is current.
+
+    Returns the line that says so; `say` is given what is worth knowing before. Raises UserError.
+    """
+    storage = Storage(options)
+    place = locate(locations, storage)
+    shards = place.shards
+    if shards is None:
+        raise UserError(f"{locations[0]}: is an index; name the tars that it shall be made of")
+    if shards.is_folder and (label is not None or classes is not None):
+        raise UserError(
+            f"{locations[0]}: an image folder, whose classes are its folders; leave --label and --classes out"
+        )
+    if out is None:
+        out = Path(place.index)
+        if place.is_remote or not os.access(out.parent, os.W_OK):
+            raise UserError(
+                f"{shards.root}: the index cannot be written there; say where it shall be: "
+                f"dist-trainer shards index '{' '.join(locations)}' --out train{INDEX_SUFFIX}"
+            )
+    if out.suffix != INDEX_SUFFIX or not out.absolute().parent.is_dir():
+        wrong = "its folder is not there" if out.suffix == INDEX_SUFFIX else f"an index's name ends in {INDEX_SUFFIX}"
+        raise UserError(f"--out: {out}: {wrong}")
+    rule = LabelRule.parse(label or "cls")
+    try:
+        class_names = class_list(shards, storage) if classes is None else read_classes(classes, storage)
+    except OSError as error:
+        raise UserError(f"{error.filename or classes}: {error.strerror or error}") from None
+    shards = rooted(shards, out)
+    if is_current(out, shards, rule, class_names, allow_bad, storage):
+        return f"up to date: {describe(ShardIndex.load(out), out)}"
+    index = build_index(
+        shards,
+        out,
+        rule=rule,
+        class_names=class_names,
+        allow_bad=allow_bad,
+        options=options,
+        num_processes=num_processes,
+        advice="mend them, or accept so many bad samples with --allow_bad N",
+        say=say,
+    )
+    return f"indexed {describe(index, out)}"
+
+
+def describe(index: ShardIndex, path: Path) -> str:
+    """`8 tars, 1,200 samples, 10 classes: /data/train/index.dtx`, and what is peculiar about it."""
+    kind, each = ("tars", "samples") if index.names is None else ("class folders", "images")
+    bad = f", {len(index.problems):,} of them bad" if index.problems else ""
+    order = ", sorted by class (training takes order full)" if is_class_sorted(index) else ""
+    return f"{len(index.shards):,} {kind}, {len(index):,} {each}{bad}, {index.num_classes:,} classes{order}: {path}"
+
+
+# Where the index is
+
+
+def _existing(place: Place, location: str, storage: Storage, fallback: Path | None) -> Path | None:
+    """The local file of the index that is there; a remote one is copied. None where there is none."""
+    spare = _spare(location, fallback)
+    if place.is_remote:
+        path = _copy(place.index, storage, spare)
+        if path is None and place.shards is None:
+            raise UserError(f"{place.index}: no such index")
+        return path
+    found = next((path for path in (Path(place.index).expanduser(), spare) if path.is_file()), None)
+    if found is None and place.shards is None:
+        raise UserError(
+            f"{place.index}: no such index; make it with: dist-trainer shards index URL... --out {place.index}"
+        )
+    return found
+
+
+def _spare(location: str, fallback: Path | None) -> Path:
+    """The file, of a name of its own, for what cannot be beside `location`."""
+    absolute = location if is_remote(location) else str(Path(location).expanduser().absolute())
+    stem = Path(location.rstrip("/")).stem.partition("{")[0].strip("-_. ") or "index"
+    folder = fallback or Path.home() / ".cache" / "dist_trainer"
+    return folder / f"{stem}-{hashlib.sha256(absolute.encode()).hexdigest()[:8]}{INDEX_SUFFIX}"
+
+
+def _copy(url: str, storage: Storage, spare: Path) -> Path | None:
+    """Copy a remote index to `spare`, unless it is there already. None where there is none at `url`."""
+    download = spare.with_name(f".{spare.name}.{os.getpid()}.download")
+    try:
+        data = storage.read(url)
+    except (FileNotFoundError, PermissionError):  # S3 refuses what is not there to those who may not list
+        return None
+    try:
+        spare.parent.mkdir(parents=True, exist_ok=True)
+        download.write_bytes(data)
+        try:
+            index = ShardIndex.load(download)
+        except UserError as error:
+            raise UserError(str(error).replace(str(download), url)) from None
+        if Path(index.root) == download.absolute().parent:  # "." there: its tars lie beside it, at the URL
+            index = replace(index, root=url.rpartition("/")[0])
+        if not spare.is_file() or _identity(ShardIndex.load(spare)) != _identity(index):
+            index.save(spare)  # otherwise what is there may know newer stamps
+    finally:
+        download.unlink(missing_ok=True)
+    return spare
+
+
+def _identity(index: ShardIndex) -> tuple[str, str, tuple[str, ...]]:
+    return index.fingerprint, index.root, index.shards
+
+
+def _make(place: Place, location: str, options: Mapping[str, Any] | None, fallback: Path | None) -> tuple[str, str]:
+    """Index local tars or an image folder: (the index file, the line that says so)."""
+    assert place.shards is not None  # otherwise it would be there, or refused
+    if place.is_remote:
+        raise UserError(
+            f"{location}: has no index; make it with: dist-trainer shards index '{location}' "
+            f"--out train{INDEX_SUFFIX}, and name train{INDEX_SUFFIX} here"
+        )
+    out = Path(place.index)
+    if not os.access(out.parent, os.W_OK):
+        out = _spare(location, fallback)
+        out.parent.mkdir(parents=True, exist_ok=True)
+    index = build_index(
+        rooted(place.shards, out),
+        out,
+        rule=LabelRule(),
+        class_names=class_list(place.shards, Storage(options)),
+        num_processes=cores(),
+        advice=f"mend them, or see dist-trainer shards index '{location}' --allow_bad N, --label RULE",
+    )
+    return str(out), f"indexed {describe(index, out)}"
+
+
+def class_list(shards: ShardSet, storage: Storage) -> Sequence[str]:
+    """An image folder's class folders; of tars, what `classes.txt` beside them lists; none without it."""
+    if shards.is_folder:
+        return shards.names
+    try:
+        return read_classes(f"{shards.root}/{CLASSES}", storage)
+    except FileNotFoundError:
+        return ()

@@ -1,0 +1,259 @@
+"""Local paths and fsspec URLs by one small interface: what a place holds, its size, and some of its bytes.
+
+Every request is retried; what asking again cannot mend (no such file, no access) is raised at once. Credentials are
+the storage packages' own business: they find them in the environment or in their files, and nothing here reads them.
+"""
+
+import io
+import os
+import re
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import parse_qsl, urlsplit
+
+import fsspec
+from fsspec.asyn import sync
+
+from dist_trainer.errors import UserError
+from dist_trainer.storage.retry import RetryConfig, ShortRead, in_background, lasting_local, lasting_remote, retrying
+
+__all__ = ["RetryConfig", "ShortRead", "Stat", "Storage", "is_remote", "refuse_secret_url", "refuse_secrets"]
+
+T = TypeVar("T")
+
+CHUNK = 2**23  # bytes of one request while a whole file is read
+_RETRY = RetryConfig()
+_STAMPS = ("ETag", "etag", "blob_id", "LastModified", "Last-Modified", "last_modified", "updated", "mtime")
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf", "http": "http", "https": "http"}
+_SECRET = re.compile(
+    r"key|secret|token|password|passwd|pwd|passphrase|credentials?|authorization|cookies?|signature|sig|sas"
+    r"|connectionstring|bearer|auth"
+)
+_HARMLESS = ("anon", "google_default", "cloud")  # values of gcsfs's token that name a way and hold nothing
+_WHERE = "the environment or the storage's own files (such as AWS_PROFILE and ~/.aws, gcloud's, hf auth login)"
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Size in bytes, and what changes when the content does: an ETag, or a time of change; "" where there is none."""
+
+    size: int
+    stamp: str
+
+
+def is_remote(location: str) -> bool:
+    """Whether `location` is a URL of some storage rather than a local path."""
+    return "://" in location or location.startswith("pipe:")  # which is then refused
+
+
+def refuse_secrets(key: str, options: Mapping[str, Any]) -> None:
+    """Raises UserError, naming the option under the config key `key`, for one that looks like a secret, at any depth.
+
+    Configs are saved with the run, logged and shared. The value is never shown.
+    """
+    for name, value in options.items():
+        if _is_secret(name) and not (value is None or isinstance(value, bool) or value in _HARMLESS):
+            raise UserError(f"{key}.{name}: a secret has no place in a config, which is saved; it belongs in {_WHERE}")
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, Mapping):
+                refuse_secrets(f"{key}.{name}", inner)
+
+
+def _is_secret(name: str) -> bool:
+    """By the words of a name: `aws_secret_access_key`, `sasToken`, `X-Amz-Signature`."""
+    words = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name).lower()
+    parts = re.split(r"[^a-z0-9]+", words)
+    return any(_SECRET.fullmatch(part) for part in [*parts, "".join(parts)])
+
+
+def refuse_secret_url(location: str) -> None:
+    """Raises UserError, which does not show it, for a URL with a password or a signature."""
+    url = urlsplit(location)
+    secret = next((name for name, _ in parse_qsl(url.query) if _is_secret(name)), "a password" if url.password else "")
+    if secret:
+        shown = f"{url.scheme}://{url.hostname}{url.path}"
+        raise UserError(f"{shown}: the URL holds a secret ({secret}), which would be saved; it belongs in {_WHERE}")
+
+
+class Storage:
+    """Reads of local paths and URLs. Safe between threads; file systems open in the process that uses them.
+
+    Every method raises FileNotFoundError or PermissionError at once, and Outage when the storage stays away.
+    """
+
+    def __init__(self, options: Mapping[str, Any] | None = None, retry: RetryConfig = _RETRY) -> None:
+        self._options, self._retry = dict(options or {}), retry
+        self.retries = 0
+        """Attempts that failed and were followed by another."""
+        self.bytes_read = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid, self._lock = os.getpid(), threading.Lock()
+        self._systems: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_systems", "_pid")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def _at(self, location: str) -> tuple[Any, str]:
+        """(fsspec's file system, its path of `location`). One instance per process and bucket, shared with nobody."""
+        if location.startswith("pipe:"):
+            raise UserError(
+                f"{location}: shell pipes are refused; use a path or a URL that fsspec knows, such as s3://"
+            )
+        refuse_secret_url(location)
+        if os.getpid() != self._pid:  # after a fork neither its event loop nor its sockets are ours
+            self._reset()
+        # Chained URLs (zip://...::s3://...) are one file system each.
+        root = location if "::" in location else "/".join(location.split("/", 3)[:3])
+        with self._lock:
+            if root not in self._systems:
+                self._systems[root] = self._connect(location)
+            system = self._systems[root]
+        return system, system._strip_protocol(location)
+
+    def _connect(self, location: str) -> Any:
+        protocol = location.split("://", 1)[0]
+        options = dict(self._options)
+        if protocol in ("s3", "s3a"):  # botocore would retry beneath us, uncounted and past the deadline
+            ours = {"retries": {"total_max_attempts": 1}, "max_pool_connections": 64}
+            options["config_kwargs"] = {**ours, **options.get("config_kwargs", {})}
+        try:
+            system, _ = fsspec.core.url_to_fs(location, skip_instance_cache=True, **options)
+        except ImportError as error:
+            extra = _EXTRAS.get(protocol)
+            mend = f"pip install 'dist_trainer[{extra}]'" if extra else " ".join(str(error).split())
+            raise UserError(f"{location}: {protocol}:// needs a package that is not installed: {mend}") from None
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{location}: {' '.join(str(error).split())}") from None
+        if hasattr(system, "retries"):
+            system.retries = 1  # s3fs's own, likewise
+        return system
+
+    def _ask(self, location: str, verb: str, check: Callable[[Any], T], **arguments: Any) -> T:
+        """`verb` of the file system, retried until `check` of its answer raises nothing."""
+
+        def attempt(timeout: float) -> T:
+            system, path = self._at(location)
+            if verb != "cat_file":
+                system.invalidate_cache()  # what a listing said a minute ago may be wrong
+            try:
+                if system.async_impl:  # cancelled when it takes too long, so its connection is free again
+                    answer = sync(system.loop, getattr(system, f"_{verb}"), path, timeout=timeout, **arguments)
+                else:
+                    answer = in_background(partial(getattr(system, verb), path, **arguments)).result(timeout)
+            except TimeoutError as error:
+                raise error if str(error) else TimeoutError(f"no answer in {timeout:.3g} s") from None
+            return check(answer)
+
+        return retrying(location, attempt, self._retry, lasting_remote(location), self._retried)
+
+    def _local(self, location: str, work: Callable[[], T]) -> T:
+        """Local paths as well: NFS and Lustre lose their servers. A hanging one hangs the kernel; no thread helps."""
+        return retrying(location, lambda timeout: work(), self._retry, lasting_local, self._retried)
+
+    def _retried(self) -> None:
+        with self._lock:
+            self.retries += 1
+
+    def stat(self, location: str) -> Stat:
+        """Raises FileNotFoundError where there is nothing."""
+        if not is_remote(location):
+            local = self._local(location, Path(location).stat)
+            return Stat(local.st_size, str(local.st_mtime_ns))
+        info = self._ask(location, "info", lambda info: info)
+        if info.get("size") is None:
+            raise UserError(f"{location}: the server does not say how many bytes it has")
+        stamp = next((info[name] for name in _STAMPS if info.get(name)), "")
+        return Stat(int(info["size"]), str(stamp).strip('"'))
+
+    def list(self, folder: str) -> list[str]:
+        """Sorted names (not paths) of what lies directly in `folder`."""
+        if not is_remote(folder):
+            return self._local(folder, lambda: sorted(entry.name for entry in Path(folder).iterdir()))
+        paths = [path.rstrip("/") for path in self._ask(folder, "ls", lambda paths: paths, detail=False)]
+        here = self._at(folder)[1].rstrip("/")  # S3 may hold a marker of the folder itself, and then lists it
+        return sorted({path.rpartition("/")[2] for path in paths if path != here})
+
+    def read(self, location: str, start: int = 0, length: int | None = None) -> bytes:
+        """Bytes [start, start + length) of a file, or to its end.
+
+        Raises ShortRead for a local file that ends before, UserError for a server that does not serve ranges.
+        """
+
+        def whole(data: bytes) -> bytes:
+            if length is not None and len(data) < length:
+                raise ShortRead(f"{len(data):,} bytes came where {length:,} were asked for")
+            if length is not None and len(data) > length:
+                raise UserError(f"{location}: the server ignores ranges: {len(data):,} bytes came for {length:,}")
+            return data
+
+        def local() -> bytes:
+            with Path(location).open("rb") as file:
+                file.seek(start)
+                return whole(file.read(-1 if length is None else length))
+
+        if length == 0:
+            return b""
+        if not is_remote(location):
+            data = self._local(location, local)
+        else:
+            whole_file = start == 0 and length is None
+            bounds = {} if whole_file else {"start": start, "end": None if length is None else start + length}
+            data = self._ask(location, "cat_file", whole, **bounds)
+        with self._lock:
+            self.bytes_read += len(data)
+        return data
+
+    def open(self, location: str) -> BinaryIO:
+        """A seekable file to read from one end to the other: at a URL, large requests with the next one under way."""
+        if not is_remote(location):
+            return self._local(location, lambda: Path(location).open("rb"))
+        return cast(BinaryIO, io.BufferedReader(_Stream(self, location, self.stat(location).size), 2**16))
+
+
+class _Stream(io.RawIOBase):
+    """A file at a URL, held two chunks at a time."""
+
+    def __init__(self, storage: Storage, location: str, size: int) -> None:
+        self._storage, self._location, self._size = storage, location, size
+        self._place = 0
+        self._chunks: dict[int, Future[bytes]] = {}
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        if self._place >= self._size:
+            return 0
+        number, skip = divmod(self._place, CHUNK)
+        wanted = [n for n in (number, number + 1) if n * CHUNK < self._size]
+        self._chunks = {n: self._chunks.get(n) or self._fetch(n) for n in wanted}
+        data = memoryview(self._chunks[number].result())[skip : skip + len(buffer)]
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+    def _fetch(self, number: int) -> "Future[bytes]":
+        start = number * CHUNK
+        length = min(CHUNK, self._size - start)
+        return in_background(lambda: self._storage.read(self._location, start, length))
