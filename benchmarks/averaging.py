@@ -23,7 +23,7 @@ from machine import Figures, figure, interleaved, machine, parser, save, table
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dist_trainer.distributed import collectives as comm
+from dist_trainer.distributed.world import World, init_world, shutdown_world
 from dist_trainer.engine.base import EngineConfig
 from dist_trainer.engine.build import build_engine
 from dist_trainer.engine.inference import Preprocess
@@ -36,7 +36,7 @@ from dist_trainer.tricks.precise_bn import re_estimate
 DECAY = 0.9999
 
 
-def engine_of(world: comm.World, zero: int) -> Any:
+def engine_of(world: World, zero: int) -> Any:
     torch.manual_seed(0)
     model = torchvision.models.resnet50()
     batch = BatchConfig(global_batch=4 * world.size, micro_batch=4)
@@ -48,12 +48,12 @@ def engine_of(world: comm.World, zero: int) -> Any:
     return build_engine(config, model, optimizer, build_loss(LossConfig()), mixing, plan, world, preprocess, 0)
 
 
-def ema_figures(world: comm.World, rounds: int) -> Figures:
+def ema_figures(world: World, rounds: int) -> Figures:
     """Seconds of one update."""
     results: Figures = {}
     for zero in (0, 1, 2, 3):
         engine = engine_of(world, zero)
-        live = engine.own_weights if engine.is_sharded or world.is_main else dict
+        live = engine.local_weights if engine.is_sharded or world.is_main else dict
         ours = Ema(EmaConfig(decay=DECAY), live, torch.zeros(2), 0, 10**6)
         sides: dict[str, Callable[[], object]] = {"ours": ours.update}
         if not zero:
@@ -72,7 +72,7 @@ def ema_figures(world: comm.World, rounds: int) -> Figures:
             for _ in range(3):
                 dist.barrier()
                 start = time.perf_counter()
-                with engine.holding(ours.weights):
+                with engine.swapped_in(ours.weights):
                     pass
                 times.append(time.perf_counter() - start)
             results[f"into the module and back, ZeRO {zero}"] = figure(statistics.median(times))
@@ -114,7 +114,7 @@ def precise_figures(rounds: int) -> Figures:
 def main() -> None:
     values = parser(__doc__, "fewer rounds").parse_args()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    world = comm.init()
+    world = init_world()
     if not world.is_main:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     rounds = 5 if values.quick else 21
@@ -123,7 +123,7 @@ def main() -> None:
     table("ResNet-50", figures)
     if world.is_main:
         save(values.json, figures)
-    comm.shutdown()
+    shutdown_world()
     sys.stdout.flush()
     os._exit(0)
 

@@ -25,18 +25,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from machine import Figures, figure, machine, parser, save
 
+from dist_trainer.data.bad_samples import BadSampleLog
 from dist_trainer.data.batch import Batch, SlotAddress
-from dist_trainer.data.health import Health
 from dist_trainer.data.index import SAMPLE, ShardIndex
-from dist_trainer.distributed import collectives as comm
-from dist_trainer.distributed.collectives import StopRequest
+from dist_trainer.distributed.processes import StopRequest
+from dist_trainer.distributed.world import init_world, shutdown_world
 from dist_trainer.engine.base import EngineConfig
 from dist_trainer.engine.build import build_engine
 from dist_trainer.engine.inference import Preprocess
 from dist_trainer.log.meter import Meter
 from dist_trainer.models import ModelConfig, build_model
 from dist_trainer.plan import BatchConfig, Duration, make_plan
-from dist_trainer.run.start import Progress
+from dist_trainer.run.state import Progress
 from dist_trainer.run.step_sums import StepSums
 from dist_trainer.train import train_step
 from dist_trainer.tricks.batch_norm import RunningStatistics
@@ -100,23 +100,31 @@ def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[in
         model = build_model(config, 10, 0)
         engine = build_engine(
             EngineConfig(backend=backend, zero=zero, precision=precision),  # type: ignore[arg-type]
-            model,
-            build_optimizer(optimizer, model, 0.01, zero),
-            build_loss(LossConfig(label_smoothing=0.1)),
-            Mixing(MixingConfig(), plan, 0),
-            plan,
-            world,
-            Preprocess(mean=[MEAN] * channels, std=[STD] * channels, channels_last=True),
-            0,
+            model=model,
+            optimizer=build_optimizer(optimizer, model, 0.01, zero),
+            loss=build_loss(LossConfig(label_smoothing=0.1)),
+            mixing=Mixing(MixingConfig(), plan, 0),
+            plan=plan,
+            world=world,
+            preprocess=Preprocess(mean=[MEAN] * channels, std=[STD] * channels, channels_last=True),
+            seed=0,
         )
-        batch_norm, meter, health = RunningStatistics(engine.module), Meter(), Health(no_samples(), "auto", "train")
+        meter, bad_samples = Meter(), BadSampleLog(no_samples(), "auto", "train")
         run: Any = SimpleNamespace(
-            engine=engine,
-            learning_rate=LearningRate(LearningRateConfig(peak=0.01), plan),
-            ema=None,
-            meter=meter,
-            sums=StepSums(plan, batch_norm, None, meter, health, Path(os.devnull), StopRequest(), world),
-            health=health,
+            learner=SimpleNamespace(
+                engine=engine, learning_rate=LearningRate(LearningRateConfig(peak=0.01), plan), ema=None
+            ),
+            record=SimpleNamespace(meter=meter, bad_samples=bad_samples),
+            sums=StepSums(
+                plan=plan,
+                batch_norm=RunningStatistics(engine.module),
+                ema=None,
+                meter=meter,
+                bad_samples=bad_samples,
+                listing=Path(os.devnull),
+                stop_request=StopRequest(),
+                world=world,
+            ),
             progress=Progress(),
         )
         ones, ids = torch.ones(size), torch.zeros(size, dtype=torch.int64)
@@ -138,7 +146,7 @@ def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[in
 
 
 def measure(arguments: argparse.Namespace) -> Figures:
-    world = comm.init()
+    world = init_world()
     results: Figures = {}
     for name, (*_, steps_full, steps_quick) in MODELS.items():
         count = steps_quick if arguments.quick else steps_full
@@ -166,7 +174,7 @@ def measure(arguments: argparse.Namespace) -> Figures:
         for key, r in results.items():
             print(f"{key:<38}{r['ours'] * 1e3:>9.2f}{r['peer'] * 1e3:>13.2f}{r['ratio']:>8.3f}")
         save(arguments.json, results)
-    comm.shutdown()
+    shutdown_world()
     return results
 
 

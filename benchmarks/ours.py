@@ -12,7 +12,7 @@ from dist_trainer.data.config import DataConfig
 from dist_trainer.data.index import FILE_NAME, ShardIndex
 from dist_trainer.data.order import OrderSpec
 from dist_trainer.data.samples import TrainSamples
-from dist_trainer.distributed.collectives import World
+from dist_trainer.distributed.world import World
 from dist_trainer.engine.inference import Inference, Preprocess
 from dist_trainer.plan import BatchConfig, Duration, Plan, make_plan
 

@@ -22,6 +22,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
+def some(names: Iterable[object], limit: int = 3) -> str:
+    """`a, b, c ...`: the first few of many names."""
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:limit]) + (" ..." if len(listed) > limit else "")
+
+
 def first_line(error: Exception) -> str:
     """What an exception of another library says, as far as it fits into a message of one line."""
     return str(error).strip().partition("\n")[0]

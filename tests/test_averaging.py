@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -30,17 +30,25 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dist_trainer.errors import UserError
-from dist_trainer.run_folder import snapshots
+from dist_trainer.run_folder import tensor_files
 from dist_trainer.run_folder.snapshots import INDEX, Snapshots
+from dist_trainer.tensors import State
 from dist_trainer.tricks.averaging import (
     AveragingConfig,
     Member,
-    State,
+    average,
     chosen_metric,
-    greedy_soup,
     larger_is_better,
-    mean,
 )
+
+
+def mean(members: Iterable[Member]) -> State:
+    return average(members)[0]
+
+
+def greedy_soup(members: Iterable[Member], score: Callable[[State], float]) -> tuple[State, list[str]]:
+    return average(members, lambda name, state: score(state))
+
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
@@ -471,7 +479,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     assert "format 99" in message(caught)
 
 
-@pytest.mark.parametrize("place", ["save_tensors", "os.replace", "os.fsync"])
+@pytest.mark.parametrize("place", ["save_file", "os.replace", "os.fsync"])
 def test_storage_that_refuses_leaves_the_earlier_ones_whole(tmp_path: Path, place: str) -> None:
     """And the next offer is taken. Fails when OSError gets through, or what was half written stays on a full disk."""
     kept = Snapshots(tmp_path, 1)
@@ -479,11 +487,11 @@ def test_storage_that_refuses_leaves_the_earlier_ones_whole(tmp_path: Path, plac
     before = files(tmp_path)
 
     def refuse(*args: Any, **more: Any) -> None:
-        if place == "save_tensors":
+        if place == "save_file":
             args[1].write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    target = f"{snapshots.__name__}.save_tensors" if place == "save_tensors" else place
+    target = f"{tensor_files.__name__}.save_file" if place == "save_file" else place
     with mock.patch(target, refuse), pytest.raises(UserError) as caught:
         kept.offer(20, 0.6, weights(20))
     assert "No space left" in message(caught)
@@ -516,9 +524,15 @@ class Disk:
     unsynced: set[str] = field(default_factory=set)
     renames: list[tuple[Path, Path, bytes | None]] = field(default_factory=list)
 
+    @property
+    def has_crashed(self) -> bool:
+        return 0 < self.crash_at <= self.num
+
     def operation(self) -> None:
+        if self.has_crashed:
+            raise Crash  # nor does the process tidy up
         self.num += 1
-        if self.num == self.crash_at:
+        if self.has_crashed:
             raise Crash
 
     def write(self, real: Callable[..., Any], content: Any, path: Path) -> None:
@@ -560,13 +574,13 @@ class Disk:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        save, text, replace, unlink = snapshots.save_tensors, Path.write_text, os.replace, os.unlink
+        save, text, replace, unlink = tensor_files.save_file, Path.write_text, os.replace, os.unlink
 
         def write_text(path: Path, content: str) -> None:
             self.write(lambda c, p: text(p, c), content, path)
 
         with (
-            mock.patch.object(snapshots, "save_tensors", lambda state, path: self.write(save, state, path)),
+            mock.patch.object(tensor_files, "save_file", lambda state, path: self.write(save, state, path)),
             mock.patch.object(Path, "write_text", write_text),
             mock.patch.object(os, "fsync", self.fsync),
             mock.patch.object(os, "replace", lambda source, target: self.replace(replace, source, target)),
@@ -636,7 +650,7 @@ class Simulation:
             try:
                 self.start(disk, min(damaged, len(self.checkpoints)))
             except Crash:
-                if disk.num == crash_at:
+                if disk.has_crashed:
                     disk.go_down()
                 assert_whole(self.folder)
         return disk.num

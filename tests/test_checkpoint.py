@@ -14,9 +14,11 @@ from torch import nn
 
 from dist_trainer.errors import UserError
 from dist_trainer.run_folder import checkpoint
+from dist_trainer.run_folder.tensor_files import digest
+from dist_trainer.tensors import State
 
 
-def tensors(seed: int = 0) -> dict[str, checkpoint.State]:
+def tensors(seed: int = 0) -> dict[str, State]:
     """A model with every kind of layout that safetensors refuses, and an optimizer."""
     generator = torch.Generator().manual_seed(seed)
     storage = torch.randn(24, generator=generator)
@@ -229,7 +231,7 @@ def test_a_pickle_in_the_place_of_weights_is_refused_and_not_run(tmp_path: Path)
     checkpoint.write(folder, {"model": {"x": torch.zeros(1)}}, {})
     shutil.copy(planted, folder / "model.safetensors")
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
-    manifest["files"]["model.safetensors"] = {"size": planted.stat().st_size, "sha256": checkpoint.digest(planted)}
+    manifest["files"]["model.safetensors"] = {"size": planted.stat().st_size, "sha256": digest(planted)}
     (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     assert checkpoint.fault(folder) is None
     for path in (planted, folder):

@@ -14,9 +14,9 @@ from dist_trainer.data.augment import CenterCrop
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.samples import drawn
 from dist_trainer.data.stream import EvalStream
-from dist_trainer.distributed.collectives import World
+from dist_trainer.distributed.world import World
 from dist_trainer.run.advice import keys_to_turn, warnings
-from dist_trainer.run.blueprint import build_parts
+from dist_trainer.run.blueprint import make_blueprint
 from dist_trainer.tricks.diagnosis import diagnose
 
 sys.path.insert(0, str(Path(__file__).parent / "ranks"))  # tiny:SmoothNet
@@ -83,7 +83,9 @@ def config_of(*argv: str) -> TrainConfig:
 
 def said(*argv: str, num_classes: int = 1000) -> list[str]:
     config = config_of("--duration=5000step", "--batch.global_batch=64", *argv)
-    return [line.partition(":")[0] for line in warnings(config, build_parts(config, 6400, num_classes, 1), num_classes)]
+    return [
+        line.partition(":")[0] for line in warnings(config, make_blueprint(config, 6400, num_classes, 1), num_classes)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def follow(ema: Ema, weights: State, values: list[float]) -> None:
         weights["w"].fill_(value)
         ema.update()
     for value in values:
-        ema.follow(torch.full((2,), value))
+        ema.update_statistics(torch.full((2,), value))
 
 
 RAMPS: dict[str, Callable[[int, int], float]] = {
@@ -113,7 +113,7 @@ def test_it_is_timms() -> None:
         optimizer.zero_grad()
         theirs.update(model)
         ours.update()
-        ours.follow(statistics())
+        ours.update_statistics(statistics())
     expected = theirs.module.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in ours.weights.items())
     assert torch.equal(ours.statistics, torch.cat([expected["1.running_mean"], expected["1.running_var"]]))

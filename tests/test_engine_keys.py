@@ -25,7 +25,8 @@ from dist_trainer.engine.numerics import naming_operations, set_numerics
 from dist_trainer.errors import UserError
 from dist_trainer.models import ModelConfig, build_model
 from dist_trainer.plan import BatchConfig, Duration, make_plan
-from dist_trainer.run_folder.folder import RunConfig, identity
+from dist_trainer.run_folder.folder import RunConfig
+from dist_trainer.run_folder.identity import identity
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.gradient_checkpointing import checkpoint_blocks
 from dist_trainer.tricks.precise_bn import re_estimate
@@ -85,7 +86,7 @@ def test_checkpointed_gradients_and_statistics_are_the_same_bits(name: str, alon
     for mine, theirs in (
         (plain.gradients, other.gradients),
         (plain.engine.model_state(), other.engine.model_state()),
-        (plain.statistics.named(plain.statistics.running), other.statistics.named(other.statistics.running)),
+        (plain.statistics.unflatten(plain.statistics.running), other.statistics.unflatten(other.statistics.running)),
     ):
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(value, theirs[key]) for key, value in mine.items())

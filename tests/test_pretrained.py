@@ -37,12 +37,12 @@ from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.augment import AugmentConfig, CenterCrop, CropConfig
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.decode import decode, resize
-from dist_trainer.distributed.collectives import World
+from dist_trainer.distributed.world import World
 from dist_trainer.engine.evaluate import EvalConfig
 from dist_trainer.errors import UserError
 from dist_trainer.log.console import Terminal
 from dist_trainer.models import ModelConfig, build_model
-from dist_trainer.models.pretrained import Loaded, advised_rate, classifiers_of, load_pretrained
+from dist_trainer.models.pretrained import LoadReport, advised_rate, classifiers_of, load_pretrained
 from dist_trainer.models.published import described
 from dist_trainer.run_folder import checkpoint
 from dist_trainer.storage.storage import Storage
@@ -91,7 +91,7 @@ def trained(name: str, classes: int = 1000, **args: Any) -> nn.Module:
 
 def begin(
     place: object, name: str, classes: int = 7, storage: Storage | None = None, **args: Any
-) -> tuple[State, Loaded]:
+) -> tuple[State, LoadReport]:
     """(state, report) of a fresh model that begins with what is at `place`."""
     config = ModelConfig(name=name, args=args, pretrained=place if place is True else str(place))
     model = build_model(config, classes, seed=0)

@@ -24,7 +24,8 @@ from dist_trainer.log.wandb_run import WandbConfig
 from dist_trainer.models import ModelConfig
 from dist_trainer.plan import BatchConfig
 from dist_trainer.run_folder.checkpoint import CheckpointConfig
-from dist_trainer.run_folder.folder import RunConfig, RunFolder, auto_name, identity
+from dist_trainer.run_folder.folder import RunConfig, RunFolder
+from dist_trainer.run_folder.identity import auto_name, identity
 from dist_trainer.tricks.learning_rate import LearningRateConfig, WarmupConfig
 from dist_trainer.tricks.losses import LossConfig
 from dist_trainer.tricks.optimizers import OptimizerConfig

@@ -21,16 +21,16 @@ from torchvision.transforms.v2 import functional
 from dist_trainer.by_name import Named
 from dist_trainer.commands.main import dispatch
 from dist_trainer.data.augment import AugmentConfig, CenterCrop, CropConfig
+from dist_trainer.data.bad_samples import BadSample, BadSampleLog
 from dist_trainer.data.batch import Batch, EvalAddress, SlotAddress
 from dist_trainer.data.config import DataConfig
-from dist_trainer.data.health import BadSample, Health
 from dist_trainer.data.index import FILE_NAME, ShardIndex
 from dist_trainer.data.order import OrderSpec
 from dist_trainer.data.read import Bad
 from dist_trainer.data.samples import EvalSamples, TrainSamples
 from dist_trainer.data.stream import EvalStream
 from dist_trainer.data.unindexed import TarStream
-from dist_trainer.distributed.collectives import World
+from dist_trainer.distributed.world import World
 from dist_trainer.errors import LocalError, Outage, UserError
 from dist_trainer.plan import BatchConfig, Duration, make_plan
 from dist_trainer.run.data import mended_samples
@@ -202,7 +202,7 @@ def test_an_index_that_cannot_be_written_is_an_os_error_and_leaves_nothing(
 def test_mended_samples_are_held_against_no_budget(index: ShardIndex) -> None:
     """Over the budget, then the bytes come back: known no more. Fails when a mended run could never go on."""
     damage(index, 3, 5)
-    health = Health(index, 0, "train")
+    health = BadSampleLog(index, 0, "train")
     health.load([BadSample(n, "crc", index.shard_path(0), "").__dict__ for n in (3, 5)])
     assert health.over_budget is not None
     assert "--data.max_bad 4" in health.over_budget
@@ -218,7 +218,7 @@ def test_a_list_of_bad_samples_that_a_kill_cut_off_is_gone_on_with(index: ShardI
     """Fails when the rest of a line ends training, or swallows the next line, or a sample is listed twice."""
     path = tmp_path / "bad_samples.jsonl"
     bad = [BadSample(n, "crc", "0.tar", "other bytes") for n in range(3)]
-    health = Health(index, "auto", "train")
+    health = BadSampleLog(index, "auto", "train")
     health.write(path, bad[:2])
     whole = path.read_text()
     path.write_text(whole[:-20])

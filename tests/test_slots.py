@@ -20,7 +20,7 @@ from dist_trainer.data.order import OrderSpec
 from dist_trainer.data.read import Reader
 from dist_trainer.data.samples import EvalSamples, TrainSamples
 from dist_trainer.data.stream import _EvalAddresses, _TrainAddresses
-from dist_trainer.distributed.collectives import World
+from dist_trainer.distributed.world import World
 from dist_trainer.errors import UserError
 from dist_trainer.plan import BatchConfig, Duration, Plan, make_plan
 from dist_trainer.storage.cache import CacheConfig

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import HashStore
 
-from dist_trainer.distributed.collectives import World
+from dist_trainer.distributed.world import World
 from dist_trainer.engine.base import EngineConfig
 from dist_trainer.engine.ddp import TorchEngine
 from dist_trainer.engine.inference import Preprocess

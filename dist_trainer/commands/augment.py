@@ -6,16 +6,32 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from dist_trainer.config.arguments import new_parser, parse_config
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.batch import EvalAddress
 from dist_trainer.data.samples import DrawnTrainSamples, EvalSamples, drawn
+from dist_trainer.distributed.world import alone
 from dist_trainer.engine.evaluate import center_crop
 from dist_trainer.errors import UserError
-from dist_trainer.run.blueprint import build_parts
-from dist_trainer.run.data import open_data, prepare_data
+from dist_trainer.log.console import Terminal
+from dist_trainer.run.blueprint import make_blueprint
+from dist_trainer.run.data import open_data
 
 _COLUMNS = 6
 _MARGIN, _LINE = 4, 14
+
+
+def command(argv: list[str]) -> int:
+    parser = new_parser("augment", "A PNG of what the network sees, before augmentation and after, over the run.")
+    parser.add_argument("--samples", type=int, default=8, help="training samples, one row each")
+    parser.add_argument("--out", type=str, default="augment.png", help="the picture")
+    config, values = parse_config(parser, argv)
+    out = Path(values.out).expanduser()
+    try:
+        print(augment_grid(config, values.samples, out))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out: {out}: {error}") from None
+    return 0
 
 
 def augment_grid(config: TrainConfig, num_samples: int, out: Path) -> str:
@@ -26,24 +42,24 @@ def augment_grid(config: TrainConfig, num_samples: int, out: Path) -> str:
         raise UserError(f"--samples: {num_samples} is not positive")
     if config.data.source == "stream":
         raise UserError("augment: needs an index to draw from; data.source: stream has none")
-    index, _ = open_data(config, prepare_data(config))
+    index = open_data(config, alone(), Terminal(active=False)).train
     num_samples = min(num_samples, len(index))
-    parts = build_parts(config, index, index.num_classes, 1)
+    blueprint = make_blueprint(config, index, index.num_classes, 1)
     ids = drawn(index, num_samples, config.run.seed)
     address = EvalAddress(0, num_samples)
-    last = parts.augment.last_step
+    last = blueprint.augment.last_step
     steps = sorted({round(last * n / (_COLUMNS - 1)) for n in range(_COLUMNS)})
     before = EvalSamples(index, config.data, center_crop(config.eval), ids)[address]
     columns, titles = [before.images], ["evaluation"]
     for step in steps:
-        batch = DrawnTrainSamples(index, parts.augment, config.data, ids, step)[address]
+        batch = DrawnTrainSamples(index, blueprint.augment, config.data, ids, step)[address]
         if batch.problem or before.problem:
             raise UserError(str(batch.problem or before.problem))
-        mix = parts.mixing.draw(step, 0, batch.images.shape) if num_samples > 1 else None
+        mix = blueprint.mixing.draw(step, 0, batch.images.shape) if num_samples > 1 else None
         columns.append(batch.images if mix is None else mix.images(batch.images))
         mixed = mix is not None and mix.share < 1
         kind = "" if not mixed else (" CutMix" if mix.box else " Mixup")  # type: ignore[union-attr]
-        titles.append(f"epoch {parts.augment.epoch(step)}{kind}")
+        titles.append(f"epoch {blueprint.augment.epoch(step)}{kind}")
     _draw(columns, titles, [index.class_names[label] for label in before.labels.tolist()]).save(out)
     return f"{out}: {num_samples} samples, as evaluation takes them and in {len(steps)} epochs"
 

@@ -3,19 +3,54 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dist_trainer.commands.ranks import ranks
+from dist_trainer.config.arguments import new_parser, parse_config, run_folder_argument
 from dist_trainer.config.tree import TrainConfig
-from dist_trainer.distributed.collectives import World, on_main
+from dist_trainer.distributed.collectives import on_main
+from dist_trainer.distributed.world import World
 from dist_trainer.engine.evaluate import EvalResult
 from dist_trainer.errors import UserError
 from dist_trainer.log.console import Terminal
-from dist_trainer.run.data import build_augment, build_draw, plan_of
+from dist_trainer.run.blueprint import build_augment, plan_run
+from dist_trainer.run.data import bn_sample_stream
 from dist_trainer.run.evaluation import Evaluation
 from dist_trainer.run_folder import checkpoint
 from dist_trainer.run_folder.snapshots import Snapshots
-from dist_trainer.tricks.averaging import Member, State, greedy_soup, mean
+from dist_trainer.tensors import State
+from dist_trainer.tricks.averaging import average
 from dist_trainer.tricks.precise_bn import re_estimate
 
-_NUM_SAMPLES = 8192  # where the config says nothing: an average without its own statistics says little
+_NUM_SAMPLES = 8192  # where the config says nothing: an average without statistics of its own says little
+
+
+def command(argv: list[str]) -> int:
+    parser = new_parser("average", "Average weights of a run, re-estimate batch-norm, score the result; one file.")
+    parser.add_argument("--top_k", type=int | None, default=None, help="of the best snapshots; default: all")
+    parser.add_argument("--last", type=int | None, default=None, help="this many of the last checkpoints instead")
+    parser.add_argument("--files", type=list[str], default=[], help="these safetensors files instead")
+    parser.add_argument("--greedy", action="store_true", help="keep a member only if validation does not drop")
+    parser.add_argument("--out", type=str | None, default=None, help="default: average.safetensors in the run folder")
+    run, argv = run_folder_argument(argv)
+    if run is None:
+        raise UserError("average: give a run folder, such as runs/my-1a2b3c4d")
+    config, values = parse_config(parser, argv)
+    for name in ("top_k", "last"):
+        if values[name] is not None and values[name] < 1:
+            raise UserError(f"--{name}: {values[name]} is not positive")
+    files = choose(run, top_k=values.top_k, last=values.last, files=[Path(file) for file in values.files])
+    out = Path(values.out) if values.out is not None else run / "average.safetensors"
+    with ranks() as (world, terminal):
+        done = average_files(config, files, out, greedy=values.greedy, world=world, terminal=terminal)
+        final = done.scores.get("average_bn", done.scores["average"])
+        gain = final.correct1 - done.scores[done.best_member].correct1
+        verdict = (
+            f"{gain} more than the best of them" if gain > 0 else f"does not help: {done.best_member} has {-gain} more"
+        )
+        terminal.say(
+            f"{out}: {len(done.kept)} of {len(files)} averaged: top-1 {final.metrics['top1']:.2%} "
+            f"({final.correct1}/{final.num_samples}), {verdict}"
+        )
+    return 0
 
 
 @dataclass(frozen=True)
@@ -24,7 +59,6 @@ class Averaged:
 
     kept: list[str]
     scores: dict[str, EvalResult]
-    out: Path
 
     @property
     def best_member(self) -> str:
@@ -57,12 +91,11 @@ def choose(run: Path, *, top_k: int | None, last: int | None, files: list[Path])
 def average_files(
     config: TrainConfig, files: list[Path], out: Path, *, greedy: bool, world: World, terminal: Terminal
 ) -> Averaged:
-    """Average `files`, best first or newest first, score each and the result, and write that to `out` (collective)."""
+    """Average `files`, score each of them and the result, and write that to `out` (collective).
+
+    One file at a time is in memory: each is read to be scored, and again to be averaged, best first.
+    """
     evaluation = Evaluation(config, world, terminal)
-    if not config.precise_bn.num_samples:
-        config = replace(config, precise_bn=replace(config.precise_bn, num_samples=_NUM_SAMPLES))
-    augment = build_augment(config, plan_of(config, evaluation.train_index, 1))
-    draw = build_draw(config, augment, evaluation.train_index, world)
     scores: dict[str, EvalResult] = {}
 
     def score(name: str, state: State) -> EvalResult:
@@ -71,23 +104,29 @@ def average_files(
         terminal.say(f"{name}: top-1 {scores[name].metrics['top1']:.2%}")
         return scores[name]
 
-    members: list[Member] = [(str(file), checkpoint.load_weights(file)) for file in files]
-    for name, state in members:
-        score(name, state)
-    members.sort(key=lambda member: -scores[member[0]].correct1)
-    if greedy:
-        tried = iter(members)
-        state, kept = greedy_soup(members, lambda each: score(f"average with {next(tried)[0]}", each).metrics["top1"])
-    else:
-        state, kept = mean(members), [name for name, _ in members]
+    for file in files:
+        score(str(file), checkpoint.load_weights(file))
+    best_first = sorted(files, key=lambda file: -scores[str(file)].correct1)
+    state, kept = average(
+        ((str(file), checkpoint.load_weights(file)) for file in best_first),
+        (lambda name, trial: score(f"average with {name}", trial).metrics["top1"]) if greedy else None,
+    )
     score("average", state)
-    if draw is not None:
-        found = re_estimate(
-            evaluation.inference.module,
-            ((batch.images, not batch.ghost) for batch in draw),
-            evaluation.inference.logits,
-        )
-        state |= found
+    if statistics := _re_estimated(config, evaluation, world):
+        state |= statistics
         score("average_bn", state)
     on_main(world, lambda: checkpoint.write_weights(out, state))
-    return Averaged(kept, scores, out)
+    return Averaged(kept, scores)
+
+
+def _re_estimated(config: TrainConfig, evaluation: Evaluation, world: World) -> State:
+    """Batch-norm statistics of the weights that `evaluation` holds, from training samples (collective)."""
+    train, precise = evaluation.data.train, config.precise_bn
+    if not precise.num_samples:
+        precise = replace(precise, num_samples=_NUM_SAMPLES)
+    augment = build_augment(config, plan_run(config, train, 1))
+    samples = bn_sample_stream(precise, config.eval, config.batch, config.data, augment, train, config.run.seed, world)
+    if samples is None:
+        return {}
+    inference = evaluation.inference
+    return re_estimate(inference.module, ((batch.images, not batch.ghost) for batch in samples), inference.logits)

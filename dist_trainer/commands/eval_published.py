@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 
+from dist_trainer.commands.ranks import ranks
+from dist_trainer.config.arguments import Parser, parse_config, value_of
 from dist_trainer.config.tree import TrainConfig
-from dist_trainer.distributed.collectives import World
+from dist_trainer.distributed.world import World
 from dist_trainer.engine.evaluate import EvalResult
 from dist_trainer.errors import UserError
 from dist_trainer.log.console import Terminal
@@ -23,6 +25,19 @@ _OWN = ["--data.preprocess=model", "--data.mean=[]", "--data.std=[]", "--data.ch
         "--eval.crop=null", "--eval.interpolation=auto", "--model.args={}", "--engine.precision=fp32"]  # fmt: skip
 _SLACK = 0.005  # between decoders, resizers and precisions; 0.001 or 0.002 are seen
 _WNID = re.compile(r"n\d{8}")
+
+
+def eval_published(parser: Parser, name: str, argv: list[str]) -> int:
+    """The command, for --pretrained `name`."""
+    ends = [k + 2 if word == "--config" else k + 1 for k, word in enumerate(argv) if re.match(r"--config(=|$)", word)]
+    after_configs = max(ends + [1 for word in argv[:1] if not word.startswith("-")], default=0)
+    if not after_configs:  # there is nothing to train
+        argv = [f"--data.train={value_of(argv, 'data.val') or ''}", *argv]
+    config, values = parse_config(parser, [*argv[:after_configs], *shorthand(name), *argv[after_configs:]])
+    with ranks() as (world, terminal):
+        for line in compare(config, values.weights, world, terminal).lines():
+            terminal.say(line)
+    return 0
 
 
 def shorthand(name: str) -> list[str]:
@@ -105,7 +120,7 @@ def compare(config: TrainConfig, weights: str | None, world: World, terminal: Te
         known = ", ".join(tags_of(config.model)) or "none at all"
         raise UserError(f"--pretrained: {config.model.name} has no weights {config.model.pretrained!r}, but {known}")
     evaluation = Evaluation(config, world, terminal)
-    index = evaluation.val_index
+    index = evaluation.data.val
     if index.num_classes != published.num_classes:
         raise UserError(
             f"data.val: has {index.num_classes:,} classes, and {published} knows {published.num_classes:,}: its "

@@ -1,17 +1,48 @@
 """`plan`: everything that follows from a config, as figures and as a table."""
 
+import json
 import math
 from typing import Any
 
+from dist_trainer.config.arguments import new_parser, parse_config
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.index import ShardIndex
-from dist_trainer.distributed.collectives import devices
+from dist_trainer.distributed.world import alone, devices
+from dist_trainer.errors import UserError, nearest
+from dist_trainer.log.console import Terminal
 from dist_trainer.models.pretrained import advised_rate, find_pretrained
 from dist_trainer.plan import largest_world, num_slots
 from dist_trainer.run.advice import num_parameters, warnings
-from dist_trainer.run.blueprint import build_parts
-from dist_trainer.run.data import open_data, prepare_data
+from dist_trainer.run.blueprint import make_blueprint
+from dist_trainer.run.data import open_data
 from dist_trainer.storage.storage import Storage
+
+
+def command(argv: list[str]) -> int:
+    parser = new_parser("plan", "Everything that follows from a config, before a node is paid for.")
+    parser.add_argument("--gpus", type=int | None, default=None, help="ranks; default: what this machine can use")
+    parser.add_argument(
+        "--samples", type=int | None, default=None, help="size of the training set, where it is not here"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--show", type=str | None, default=None, help="print one figure alone, such as world")
+    config, values = parse_config(parser, argv)
+    figures = plan_figures(config, gpus=values.gpus, num_samples=values.samples)
+    if values.show is not None:
+        if values.show not in figures:
+            raise UserError(
+                f"--show: no figure {values.show!r}{nearest(values.show, figures)}; there are: {', '.join(figures)}"
+            )
+        print(figures[values.show])
+    elif values.json:
+        print(json.dumps(figures, indent=1))
+    else:
+        rows, warnings = plan_rows(figures)
+        terminal = Terminal(active=True)
+        terminal.table("plan", rows)
+        for warning in warnings:
+            terminal.say(f"warning: {warning}")
+    return 0
 
 
 def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: int | None = None) -> dict[str, Any]:
@@ -20,13 +51,13 @@ def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: i
     world = gpus if gpus is not None else largest_world(config.batch, devices())
     train: ShardIndex | int
     if num_samples is None:
-        train, _ = open_data(config, prepare_data(config))
-        num_classes = train.num_classes
+        data = open_data(config, alone(), Terminal(active=False))
+        train, num_classes = data.train, data.num_classes
     else:
         train = num_samples
-    parts = build_parts(config, train, num_classes, world)
-    plan, rate = parts.plan, parts.learning_rate
-    groups = parts.optimizer.param_groups
+    blueprint = make_blueprint(config, train, num_classes, world)
+    plan, rate = blueprint.plan, blueprint.learning_rate
+    groups = blueprint.optimizer.param_groups
     fine_tuning = {}
     if config.model.pretrained:
         find_pretrained(config.model, Storage(config.data.storage_options, config.data.retry))
@@ -34,7 +65,7 @@ def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: i
     return {
         **fine_tuning,
         "world": plan.world,
-        "parameters": num_parameters(parts.model),
+        "parameters": num_parameters(blueprint.model),
         "trained": sum(p.numel() for group in groups for p in group["params"]),
         "decayed": sum(p.numel() for group in groups if group["weight_decay"] for p in group["params"]),
         "lr_scale_least": min(group.get("lr_scale", 1.0) for group in groups),
@@ -53,7 +84,7 @@ def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: i
         "lr_first": rate(0),
         "lr_peak": rate.peak,
         "lr_last": rate(plan.total_steps - 1),
-        "warnings": warnings(config, parts, 0 if num_samples else num_classes),
+        "warnings": warnings(config, blueprint, 0 if num_samples else num_classes),
     }
 
 

@@ -7,9 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
-
-from dist_trainer.config.arguments import new_parser, parse
+from dist_trainer.config.arguments import Parser, new_parser, parse
 from dist_trainer.distributed.processes import cores
 from dist_trainer.errors import UserError
 from dist_trainer.storage.storage import refuse_secrets
@@ -142,7 +140,7 @@ def _check(argv: list[str]) -> int:
     return 1 if found else 0
 
 
-def _add_storage_options(parser: ArgumentParser) -> None:
+def _add_storage_options(parser: Parser) -> None:
     parser.add_argument(
         "--storage_options",
         "--storage-options",
@@ -152,7 +150,7 @@ def _add_storage_options(parser: ArgumentParser) -> None:
     )
 
 
-def _add_processes(parser: ArgumentParser) -> None:
+def _add_processes(parser: Parser) -> None:
     parser.add_argument("--processes", type=int, default=cores(), help="how many shards are read at a time")
 
 
@@ -162,3 +160,9 @@ def _check_processes(processes: int) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"pack": _pack, "index": _index, "check": _check}
+
+
+def command(argv: list[str]) -> int:
+    if not argv or argv[0] not in COMMANDS:
+        raise UserError(f"shards: say what to do: {', '.join(COMMANDS)}; dist-trainer shards pack --help")
+    return COMMANDS[argv[0]](argv[1:])

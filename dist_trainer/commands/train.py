@@ -1,17 +1,23 @@
-"""`train`, from config to summary: start or go on, train, roll back where that is asked for, finish."""
+"""`train`: start or resume, train, roll back where that is configured, finish."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from dist_trainer.commands.ranks import ranks
+from dist_trainer.config.arguments import new_parser, parse_config
 from dist_trainer.config.tree import TrainConfig
-from dist_trainer.distributed.collectives import StopRequest, World
+from dist_trainer.distributed.processes import StopRequest
 from dist_trainer.distributed.watchdog import watched
+from dist_trainer.distributed.world import World
 from dist_trainer.engine.numerics import naming_operations
 from dist_trainer.errors import LocalError, UserError
 from dist_trainer.log.console import Terminal
-from dist_trainer.run.start import Run, finish_run, start_run
+from dist_trainer.run.start import build_run, prepare_run
+from dist_trainer.run.state import Run
+from dist_trainer.run.summary import finish_run, summary_rows
 from dist_trainer.run_folder.folder import RunFolder
 from dist_trainer.train import RollBack, train
 
@@ -19,9 +25,25 @@ MAX_ROLL_BACKS = 3
 """To the same checkpoint."""
 
 
+def command(argv: list[str]) -> int:
+    parser = new_parser("train", "Train, or resume where the run folder stands; evaluate and save.")
+    config, values = parse_config(parser, argv)
+    stem = Path(str(values.config[0])).stem if values.get("config") else "run"
+    with ranks(config.run.timeout + 60) as (world, terminal):
+        outcome = train_run(config, stem, world, terminal)
+        if outcome.stopped_by:
+            terminal.say(
+                f"stopped by {outcome.stopped_by} after step {outcome.summary['steps']}, saved; start again to go on"
+            )
+        else:
+            title = f"{outcome.folder.path}: {'complete' if outcome.was_complete else 'done'}"
+            terminal.table(title, summary_rows(outcome.summary))
+    return 0
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run. `stopped_by` names a signal; `was_complete`: there was nothing left to do."""
+    """How a run ended. `stopped_by` names a signal; `was_complete`: there was nothing left to do."""
 
     folder: RunFolder
     summary: dict[str, Any]
@@ -31,29 +53,33 @@ class Outcome:
 
 def train_run(config: TrainConfig, stem: str, world: World, terminal: Terminal) -> Outcome:
     """Train to the end, or to a signal (collective). Raises UserError for the user's mistakes."""
-    stop, past, last, tries = StopRequest(), 0, "", 0
+    stop, resume_after, num_roll_backs = StopRequest(), 0, 0
+    rolled_back_to: Path | None = None
     while True:
-        run = start_run(config, stem, world, terminal, stop, past)
-        if isinstance(run, RunFolder):
-            return Outcome(run, run.read_summary() or {}, was_complete=True)
+        prepared = prepare_run(config, stem=stem, world=world, terminal=terminal)
+        if prepared.claim.is_complete:
+            folder = prepared.claim.folder
+            return Outcome(folder, folder.read_summary() or {}, was_complete=True)
+        run = build_run(prepared, config=config, world=world, terminal=terminal, stop=stop, resume_after=resume_after)
         try:
             stopped_by = _train(run)
-            return Outcome(run.folder, finish_run(run, stopped_by), stopped_by)
+            return Outcome(run.record.folder, finish_run(run, stopped_by), stopped_by)
         except RollBack as back:
-            past = back.step
+            resume_after = back.step
         finish_run(run, "a gradient that was not finite")
-        tries = tries + 1 if run.resumed_from == last else 1
-        last = run.resumed_from
-        if tries > MAX_ROLL_BACKS:
+        num_roll_backs = num_roll_backs + 1 if run.resumed_from == rolled_back_to else 1
+        rolled_back_to = run.resumed_from
+        if num_roll_backs > MAX_ROLL_BACKS:
             raise UserError(
-                f"step {past}: the gradient was not finite, for the {tries}th time since {last or 'the start'}; "
-                "lower lr, lengthen lr.warmup.duration, or set engine.clip_grad_norm; then start again"
+                f"step {resume_after}: the gradient was not finite, for the {num_roll_backs}th time since "
+                f"{rolled_back_to or 'the start'}; lower lr, lengthen lr.warmup.duration, or set "
+                "engine.clip_grad_norm; then start again"
             )
-        terminal.say(f"step {past}: the gradient was not finite: rolling back, and on behind that step")
+        terminal.say(f"step {resume_after}: the gradient was not finite: rolled back; continuing after this step")
 
 
 def _train(run: Run) -> str | None:
-    folder, world = run.folder.path / "stacks", run.world
+    folder, world = run.record.folder.path / "stacks", run.world
     try:
         where = lambda: f"step {run.progress.step}"  # noqa: E731
         with naming_operations(), watched(run.config.run.timeout, world.rank, where, folder):

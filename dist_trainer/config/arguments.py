@@ -7,12 +7,17 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
+from dist_trainer.config.keys import check_keys
 from dist_trainer.config.preprocess import resolve_preprocess
-from dist_trainer.config.tree import TrainConfig, check_keys
+from dist_trainer.config.tree import TrainConfig
 from dist_trainer.errors import UserError, nearest
 
+Parser = ArgumentParser
+"""For the type of what `new_parser` gives."""
 
-def new_parser(command: str, description: str, config: bool = True) -> ArgumentParser:
+
+def new_parser(command: str, description: str, config: bool = True) -> Parser:
+    """A parser of `dist-trainer COMMAND`, with every key of a config as an option unless `config` is false."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the string under a field is its help
     parser = ArgumentParser(
         prog=f"dist-trainer {command}", description=description, exit_on_error=False, allow_abbrev=False
@@ -23,7 +28,7 @@ def new_parser(command: str, description: str, config: bool = True) -> ArgumentP
     return parser
 
 
-def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
+def parse(parser: Parser, argv: list[str]) -> Namespace:
     try:
         return parser.parse_args(argv)
     except ArgumentError as error:
@@ -95,7 +100,31 @@ def _with_config(argv: list[str]) -> list[str]:
     return argv
 
 
-def parse_config(parser: ArgumentParser, argv: list[str]) -> tuple[TrainConfig, Namespace]:
+def value_of(argv: list[str], name: str) -> str | None:
+    """The value of --name, if it is given."""
+    words = iter(argv)
+    for word in words:
+        key, sign, value = word.partition("=")
+        if key == f"--{name}":
+            return value if sign else next(words, "")
+    return None
+
+
+def run_folder_argument(argv: list[str]) -> tuple[Path | None, list[str]]:
+    """(the run folder that is given instead of a config, if one is; the arguments with its config.yaml).
+
+    Raises UserError for a folder that is no run folder.
+    """
+    folder = Path(argv[0]) if argv and Path(argv[0]).is_dir() else None
+    if folder is None:
+        return None, argv
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: not a run folder: it has no config.yaml")
+    return folder, [str(folder / "config.yaml"), *argv[1:]]
+
+
+def parse_config(parser: Parser, argv: list[str]) -> tuple[TrainConfig, Namespace]:
+    """(the config, all values). Raises UserError for keys and values that cannot be."""
     argv = _with_config(argv)
     _check_keys(argv, {action.dest for action in parser._actions} - set(TrainConfig.__dataclass_fields__))
     values = parse(parser, argv)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dist_trainer.data.health import BadSample
+from dist_trainer.data.bad_samples import BadSample
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ change or ETag. A shard is a tar; of an image folder it is a class folder, and t
 import errno
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from dist_trainer.errors import LocalError, UserError
+from dist_trainer.storage.atomic import replacing
 
 VERSION = 2
 FILE_NAME = "index.dtx"
@@ -138,17 +138,11 @@ class ShardIndex:
             "problems": json.dumps([[p.shard, p.offset, p.reason, p.sample] for p in self.problems]),
             "fingerprint": self.fingerprint,
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.touch()  # with the rights that a new file has here; safetensors' own has those of the owner alone
-            rights = temporary.stat().st_mode
-            save_file(arrays, temporary, metadata=metadata)
-            temporary.chmod(rights)
-            temporary.replace(path)
-        except SafetensorError as error:  # an OSError in disguise
-            raise OSError(errno.EIO, str(error), str(path)) from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path, shared=True) as temporary:
+            try:
+                save_file(arrays, temporary, metadata=metadata)
+            except SafetensorError as error:  # an OSError in disguise
+                raise OSError(errno.EIO, str(error), str(path)) from None
 
     @classmethod
     def load(cls, path: Path, *, verify: bool = True) -> "ShardIndex":

@@ -7,10 +7,10 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from dist_trainer.data.augment import Augment, CenterCrop, crop_boxes
+from dist_trainer.data.bad_samples import BadSample
 from dist_trainer.data.batch import Batch, EvalAddress, SlotAddress
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.decode import Box, decode, decode_region, resize
-from dist_trainer.data.health import BadSample
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.order import ClassOrder, EpochOrder, OrderSpec
 from dist_trainer.data.read import Bad, Reader
@@ -74,7 +74,7 @@ class _Samples(Dataset[Batch]):
                 self._substitute(batch, rows)
                 batch.num_valid = int(batch.weight.sum())
                 batch.images = self._stack(ids, rows, self._flips(keys))
-                self._look_ahead(address)
+                self._prefetch(address)
             except Outage as error:
                 self._outage = str(error)
             except UserError as error:
@@ -93,7 +93,7 @@ class _Samples(Dataset[Batch]):
         batch.weight.fill_(torch.nan)
         batch.images = torch.zeros((len(batch.ids), *self._shape), dtype=torch.uint8)
 
-    def _look_ahead(self, address: Any) -> None:
+    def _prefetch(self, address: Any) -> None:
         """Have fetched what will be needed."""
 
     def _staged(self, ids: np.ndarray, data: list[Encoded], keys: UInt64, labels: np.ndarray) -> list[Encoded]:
@@ -282,7 +282,7 @@ class TrainSamples(_Augmented):
     def _step(self, address: SlotAddress) -> int:
         return address.step
 
-    def _look_ahead(self, address: SlotAddress) -> None:
+    def _prefetch(self, address: SlotAddress) -> None:
         """With the blocks of the same slot one window later, since a slot stays on its lanes."""
         if self._reader.is_cached and self._spec.kind == "window" and not address.ghost:
             step = address.step + self._spec.window // self._spec.chunk

@@ -20,9 +20,9 @@ from dist_trainer.data.order import ClassOrder, Kind, OrderSpec
 from dist_trainer.data.parallel import as_worker, start_resource_tracker
 from dist_trainer.data.samples import DrawnTrainSamples, EvalSamples, TrainSamples, drawn
 from dist_trainer.data.unindexed import StreamSpec, TarStream
-from dist_trainer.distributed.collectives import World
 from dist_trainer.distributed.processes import cores
 from dist_trainer.distributed.watchdog import beat
+from dist_trainer.distributed.world import World
 from dist_trainer.errors import LocalError, UserError
 from dist_trainer.plan import Plan
 
@@ -212,7 +212,7 @@ class EvalStream(_FixedBatches):
         super().__init__(samples, -(-self.num_samples // batch), batch, config, world)
 
 
-class DrawnStream(_FixedBatches):
+class FixedSampleStream(_FixedBatches):
     """`num_batches` micro-batches of `size` training samples, drawn once for all; under either transform."""
 
     def __init__(

@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import os
+import signal
+import threading
 
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
@@ -17,3 +19,19 @@ def die_with_parent(signum: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signum, 0, 0, 0)
+
+
+class StopRequest:
+    """Whether somebody asked this process to stop: SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 set a flag, nothing else.
+
+    Install it after `init`: a flag cannot interrupt a rendezvous that waits for ranks that will never come.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        if threading.current_thread() is threading.main_thread():
+            for name in STOP_SIGNALS:
+                signal.signal(signal.Signals[name], self._remember)
+
+    def _remember(self, number: int, frame: object) -> None:
+        self.signal = signal.Signals(number).name

@@ -31,7 +31,7 @@ def watched(timeout_s: float, rank: int, where: Callable[[], str], folder: Path)
         while not through.wait(min(1.0, timeout_s / 8)):
             _beats.clear()
             if not _beats.wait(timeout_s) and not through.is_set():
-                _bark(timeout_s, rank, where(), folder)
+                _report_hang(timeout_s, rank, where(), folder)
                 os._exit(1)
 
     threading.Thread(target=run, daemon=True, name="watchdog").start()
@@ -41,7 +41,7 @@ def watched(timeout_s: float, rank: int, where: Callable[[], str], folder: Path)
         through.set()
 
 
-def _bark(timeout_s: float, rank: int, where: str, folder: Path) -> None:
+def _report_hang(timeout_s: float, rank: int, where: str, folder: Path) -> None:
     line = f"[rank {rank}] {where}: no progress for {timeout_s:g} s (run.timeout); ended"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,17 +18,16 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_trainer.data.batch import Batch
-from dist_trainer.distributed.collectives import World
+from dist_trainer.distributed.world import World
 from dist_trainer.draws import FORWARD, key
 from dist_trainer.engine.inference import Inference, Preprocess
 from dist_trainer.errors import UserError
 from dist_trainer.plan import Plan
+from dist_trainer.tensors import State
 from dist_trainer.tricks.compiling import compile_training, uncompiled
 from dist_trainer.tricks.gradient_checkpointing import checkpoint_blocks
 from dist_trainer.tricks.losses import Loss, weighted_sum
 from dist_trainer.tricks.mixing import Mixing
-
-State = dict[str, torch.Tensor]
 
 # Said on every rank and step, of names that other versions still need.
 warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated.*", category=FutureWarning)
@@ -187,30 +186,30 @@ class Engine(Inference):
         """Whether each rank keeps a piece of every parameter, not all parameters."""
         return False
 
-    def own_weights(self) -> State:
+    def local_weights(self) -> State:
         """The live float32 weights that this rank keeps, by name: whole parameters, or its 1-d piece of each."""
         return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
 
-    def own_part(self, whole: State) -> State:
-        """Of whole parameters what this rank keeps."""
-        return {name: whole[name] for name, _ in self.module.named_parameters()}
+    def to_local(self, full: State) -> State:
+        """Of full parameters, what this rank keeps."""
+        return {name: full[name] for name, _ in self.module.named_parameters()}
 
-    def whole(self, parts: State) -> State:
-        """Undo `own_part`: the ranks' pieces to whole parameters (collective; on rank 0 alone where sharded)."""
+    def to_full(self, parts: State) -> State:
+        """Undo `to_local`: the ranks' pieces to full parameters (collective; on rank 0 alone where sharded)."""
         return parts
 
     def model_state(self) -> State:
         """float32 weights and buffers by name (collective; whole on rank 0)."""
         state = {name: value.detach() for name, value in self.module.state_dict().items()}
-        return {**state, **self.whole(self.own_weights())}
+        return {**state, **self.to_full(self.local_weights())}
 
     @contextlib.contextmanager
-    def holding(self, weights: State) -> Iterator[None]:
-        """In this block the module holds other weights, afterwards its own, bit for bit (collective).
+    def swapped_in(self, weights: State) -> Iterator[None]:
+        """In this block the module holds `weights`; afterwards its own again, bit for bit (collective).
 
-        `weights`, as `own_weights`, are those of rank 0, which are broadcast at once; where sharded, each rank's own.
+        `weights` are laid out as `local_weights`: rank 0's, which are broadcast first; where sharded, each rank's own.
         """
-        own = list(self.own_weights().values())
+        own = list(self.local_weights().values())
         before = [value.clone() for value in own]
         flat = torch.empty(sum(value.numel() for value in own), device=self._device)
         if weights:

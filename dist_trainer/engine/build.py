@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from dist_trainer.distributed.collectives import World
+from dist_trainer.distributed.world import World
 from dist_trainer.engine.base import Engine, EngineConfig
 from dist_trainer.engine.ddp import TorchEngine
 from dist_trainer.engine.inference import Preprocess
@@ -15,6 +15,7 @@ from dist_trainer.tricks.mixing import Mixing
 
 def build_engine(
     config: EngineConfig,
+    *,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loss: Loss,

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_trainer.engine.base import Engine, State
+from dist_trainer.engine.base import Engine
 from dist_trainer.engine.optimizer_state import get_state, set_state, settings
+from dist_trainer.tensors import State
 
 
 class _Rehearsed(nn.Module):

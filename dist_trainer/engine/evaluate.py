@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from dist_trainer.data.augment import CenterCrop
-from dist_trainer.data.health import BadSample, Health
+from dist_trainer.data.bad_samples import BadSample, BadSampleLog
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.stream import EvalStream
 from dist_trainer.distributed.collectives import gather_json
@@ -115,11 +115,11 @@ def report_bad(
     """Warn of bad validation samples and list them in `listing` (one rank's). Raises UserError for `eval.bad: fail`."""
     if not result.bad:
         return
-    health = Health(index, "auto", "val")
+    log = BadSampleLog(index, "auto", "val")
     if listing is not None:
-        health.write(listing, health.learn(result.bad))
+        log.write(listing, log.add(result.bad))
     line = (
-        f"{len(result.bad)} bad validation samples of {result.num_samples}: {Health.summary(result.bad)}. "
+        f"{len(result.bad)} bad validation samples of {result.num_samples}: {BadSampleLog.summary(result.bad)}. "
         f"Run: dist-trainer shards check {index.location}"
     )
     if config.bad == "fail":

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dist_trainer.distributed.collectives import World
+from dist_trainer.data.config import DataConfig
+from dist_trainer.distributed.world import World
+from dist_trainer.models import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +17,11 @@ class Preprocess:
     mean: list[float]
     std: list[float]
     channels_last: bool
+
+    @classmethod
+    def of(cls, data: DataConfig, model: ModelConfig) -> "Preprocess":
+        """As a config says it."""
+        return cls(mean=data.mean, std=data.std, channels_last=model.channels_last)
 
     @property
     def memory_format(self) -> torch.memory_format:

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from dist_trainer.errors import UserError
-
-State = dict[str, torch.Tensor]
+from dist_trainer.tensors import State
 
 _NUMBER, _GROUP = ":number", "@group"
 

@@ -1,7 +1,6 @@
-"""The engines on DeepSpeed, at ZeRO 0 and at ZeRO 1 to 3. With zero_state.py the only file that imports deepspeed."""
+"""The engines on DeepSpeed, at ZeRO 0 and at ZeRO 1 to 3. deepspeed.py imports the library, when an engine is built."""
 
 import contextlib
-import logging
 import os
 from typing import Any
 
@@ -9,10 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_trainer.engine.base import Engine, EngineConfig, State
+from dist_trainer.engine.base import Engine, EngineConfig
 from dist_trainer.engine.ddp import TorchEngine
 from dist_trainer.engine.optimizer_state import check_element_wise, settings
 from dist_trainer.plan import Plan
+from dist_trainer.tensors import State
 
 
 def deepspeed_config(config: EngineConfig, plan: Plan) -> dict[str, Any]:
@@ -38,23 +38,16 @@ def deepspeed_config(config: EngineConfig, plan: Plan) -> dict[str, Any]:
     return values
 
 
-def _initialize_deepspeed(
+def _initialize(
     model: nn.Module, optimizer: torch.optim.Optimizer, config: EngineConfig, plan: Plan, device: torch.device
 ) -> Any:
     """DeepSpeed's engine around `model`, which stands on its device."""
     if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    from dist_trainer.engine.zero_state import no_inference_kernels
-
-    if device.type == "cpu":
-        no_inference_kernels()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed asks for it even without a launcher
-    deepspeed.init_distributed(dist_init_required=False)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, plan))
-    return engine
+    from dist_trainer.engine.deepspeed import initialize
+
+    return initialize(model, optimizer, deepspeed_config(config, plan), device)
 
 
 class ZeroStage0(TorchEngine):
@@ -65,7 +58,7 @@ class ZeroStage0(TorchEngine):
 
     def _prepare_update(self) -> None:
         # Before the layout changes: initialize does not take channels_last weights.
-        self._engine = _initialize_deepspeed(self.module, self.optimizer, self.config, self.plan, self._device)
+        self._engine = _initialize(self.module, self.optimizer, self.config, self.plan, self._device)
 
     def _apply_update(self) -> None:
         self._engine.step()
@@ -79,7 +72,7 @@ class ZeroEngine(Engine):
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
-        self._engine = _initialize_deepspeed(model, optimizer, self.config, self.plan, self._device)
+        self._engine = _initialize(model, optimizer, self.config, self.plan, self._device)
         self.optimizer = self._engine.optimizer
         self._built = settings(self.optimizer)
         for buffer in self.module.buffers():  # DeepSpeed broadcasts parameters only
@@ -108,25 +101,25 @@ class ZeroEngine(Engine):
     def is_sharded(self) -> bool:
         return self.config.zero == 3
 
-    def own_weights(self) -> State:
+    def local_weights(self) -> State:
         if not self.is_sharded:
-            return super().own_weights()
-        from dist_trainer.engine.zero_state import piece
+            return super().local_weights()
+        from dist_trainer.engine.deepspeed import piece
 
         return {name: piece(parameter) for name, parameter in self.module.named_parameters()}
 
-    def own_part(self, whole: State) -> State:
+    def to_local(self, full: State) -> State:
         if not self.is_sharded:
-            return super().own_part(whole)
-        from dist_trainer.engine.zero_state import cut
+            return super().to_local(full)
+        from dist_trainer.engine.deepspeed import cut
 
         parameters = dict(self.module.named_parameters())
-        return {name: cut(whole[name], each, self.world.rank) for name, each in parameters.items()}
+        return {name: cut(full[name], each, self.world.rank) for name, each in parameters.items()}
 
-    def whole(self, parts: State) -> State:
+    def to_full(self, parts: State) -> State:
         if not self.is_sharded:
-            return super().whole(parts)
-        from dist_trainer.engine.zero_state import joined
+            return super().to_full(parts)
+        from dist_trainer.engine.deepspeed import joined
 
         flat = torch.cat([part.to(self._device) for part in parts.values()])
         everyone = [torch.empty_like(flat) for _ in range(self.world.size)] if self.world.is_main else None
@@ -137,23 +130,23 @@ class ZeroEngine(Engine):
         if not self.is_sharded:
             super()._rewrite(own, values)
             return
-        from dist_trainer.engine.zero_state import pieces_rewritten
+        from dist_trainer.engine.deepspeed import pieces_rewritten
 
         with pieces_rewritten(self._engine):
             super()._rewrite(own, values)
 
     def optimizer_state(self) -> State:
-        from dist_trainer.engine.zero_state import get_optimizer_state
+        from dist_trainer.engine.deepspeed import get_optimizer_state
 
         return get_optimizer_state(self._engine, self.config.zero)
 
     def load_optimizer_state(self, state: State) -> None:
-        from dist_trainer.engine.zero_state import set_optimizer_state
+        from dist_trainer.engine.deepspeed import set_optimizer_state
 
         set_optimizer_state(self._engine, self.config.zero, state, self.world.rank)
 
     def _check_state(self) -> None:
-        from dist_trainer.engine.zero_state import base_optimizer, partitions
+        from dist_trainer.engine.deepspeed import base_optimizer, partitions
 
         check_element_wise(
             base_optimizer(self._engine), partitions(self._engine, self.config.zero), self._built, self.config.zero

@@ -37,7 +37,7 @@ class Meter:
         """What follows is not training: an evaluation, a save."""
         self._train_s += time.perf_counter() - self._since
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         self._since = time.perf_counter()
 
     def take(self) -> dict[str, float | int]:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from dist_trainer.storage.atomic import replace_text
+
 
 class MetricsFile:
     """Appends lines; a resumed run first drops those past its checkpoint, so that no step stands twice."""
@@ -11,9 +13,7 @@ class MetricsFile:
         self._path = path
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_step]
-            temporary = path.with_name(f".{path.name}")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            temporary.replace(path)
+            replace_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, step: int, metrics: dict[str, float | int]) -> None:
         """One write call per line: a reader, or a kill, sees whole lines."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.distributed.collectives import World
+from dist_trainer.distributed.world import World
 from dist_trainer.log.console import Terminal
 from dist_trainer.log.metrics_file import MetricsFile
 from dist_trainer.log.wandb_run import WandbConfig, WandbRun

@@ -20,8 +20,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from dist_trainer.distributed.collectives import World, broadcast_tensors, on_main
-from dist_trainer.errors import UserError
+from dist_trainer.distributed.collectives import broadcast_tensors, on_main
+from dist_trainer.distributed.world import World
+from dist_trainer.errors import UserError, some
 from dist_trainer.models import ModelConfig
 from dist_trainer.models.published import Published, chosen, fetch, tags_of
 from dist_trainer.run_folder import checkpoint
@@ -35,8 +36,8 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """What became of weights to begin with. Names are the model's where it has them, and else the file's."""
+class LoadReport:
+    """Report on loading pretrained weights. Names are the model's where it has them, otherwise the file's."""
 
     source: str
     sha256: str
@@ -66,7 +67,7 @@ class Loaded:
         return lines
 
 
-def load_pretrained(config: ModelConfig, storage: Storage, model: nn.Module, world: World) -> Loaded:
+def load_pretrained(config: ModelConfig, storage: Storage, model: nn.Module, world: World) -> LoadReport:
     """Have `model` begin with the weights that `config.pretrained` names (collective).
 
     One rank reads or fetches them, and sends them to the others. Raises UserError for what cannot be loaded.
@@ -78,7 +79,7 @@ def load_pretrained(config: ModelConfig, storage: Storage, model: nn.Module, wor
             return asdict(fit(model, fetch(found, config.args), str(found)))
         return asdict(fit(model, *read_weights(found, storage)))
 
-    loaded = Loaded(**on_main(world, load))
+    loaded = LoadReport(**on_main(world, load))
     broadcast_tensors(world, model.state_dict().values())
     return loaded
 
@@ -192,7 +193,7 @@ def classifiers_of(model: nn.Module) -> list[str]:
     return linear[-1:]
 
 
-def fit(model: nn.Module, weights: Mapping[str, Any], source: str, sha256: str = "") -> Loaded:
+def fit(model: nn.Module, weights: Mapping[str, Any], source: str, sha256: str = "") -> LoadReport:
     """Load what has the name and the shape of a tensor of `model`; a classifier of another shape is left out, whole.
 
     Raises UserError, and loads nothing, for any other shape that differs, and when not one name is known.
@@ -217,18 +218,18 @@ def fit(model: nn.Module, weights: Mapping[str, Any], source: str, sha256: str =
             hint = "; data.channels: 3 reads grey images as RGB"
     if wrong:
         raise UserError(
-            f"model.pretrained: {source}: other shapes than the model's: {', '.join(wrong[:3])}"
-            f"{' ...' if len(wrong) > 3 else ''}; check model.name and model.args{hint}"
+            f"model.pretrained: {source}: other shapes than the model's: {some(wrong)}; "
+            f"check model.name and model.args{hint}"
         )
     if not matched:
         raise UserError(
-            f"model.pretrained: {source}: none of its names is one of the model's: it has {_some(weights)}, and the "
-            f"model {_some(own)}; check model.name"
+            f"model.pretrained: {source}: none of its names is one of the model's: it has {some(weights)}, and the "
+            f"model {some(own)}; check model.name"
         )
     model.load_state_dict(matched, strict=False)
     left_out = {each.partition(" ")[0] for each in dropped}
     parameters = dict(model.named_parameters())
-    return Loaded(
+    return LoadReport(
         source=source,
         sha256=sha256,
         num_tensors=len(own),
@@ -245,10 +246,6 @@ def _without_prefixes(name: str) -> str:
     while name.startswith(_PREFIXES):
         name = name.partition(".")[2]
     return name
-
-
-def _some(names: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, list(names)[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def advised_rate(num_samples: int) -> float:

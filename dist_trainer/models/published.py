@@ -10,8 +10,7 @@ from torch import nn
 from dist_trainer.errors import UserError, nearest
 from dist_trainer.models import ModelConfig
 from dist_trainer.models.names import NAMES
-
-State = dict[str, Any]
+from dist_trainer.tensors import State
 
 
 @dataclass(frozen=True, kw_only=True)

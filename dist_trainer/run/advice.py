@@ -5,7 +5,7 @@ from torch import nn
 
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.augment.policy import OFF
-from dist_trainer.run.blueprint import Parts
+from dist_trainer.run.blueprint import Blueprint
 from dist_trainer.tricks.diagnosis import Verdict
 
 SMALL = 12_000_000
@@ -15,7 +15,7 @@ MANY_CLASSES = 1000
 """With fewer, a network is not small for its task."""
 
 
-def warnings(config: TrainConfig, parts: Parts, num_classes: int) -> list[str]:
+def warnings(config: TrainConfig, parts: Blueprint, num_classes: int) -> list[str]:
     """One line each. Accuracies are PaddleClas's, on ImageNet ("Tricks for training", 2.2.4 to 2.2.6).
 
     `num_classes` is 0 where it is not known; then nothing is said of the network's size.
@@ -45,7 +45,7 @@ def warnings(config: TrainConfig, parts: Parts, num_classes: int) -> list[str]:
     return [*lines, *_of_size(config, num_parameters(parts.model), num_classes)]
 
 
-def _of_loss(config: TrainConfig, parts: Parts) -> list[str]:
+def _of_loss(config: TrainConfig, parts: Blueprint) -> list[str]:
     lines = []
     mixed = config.mixing.mixup or config.mixing.cutmix
     if mixed and not getattr(parts.loss, "soft_targets", False):

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from dist_trainer.distributed.collectives import World, on_main
+from dist_trainer.distributed.collectives import on_main
+from dist_trainer.distributed.world import World
 from dist_trainer.log.tracker import SCORES
 from dist_trainer.run.weights import Weights
 from dist_trainer.run_folder.snapshots import Snapshots
-from dist_trainer.tricks.averaging import AveragingConfig, State, chosen_metric, greedy_soup, larger_is_better, mean
+from dist_trainer.tensors import State
+from dist_trainer.tricks.averaging import AveragingConfig, average, chosen_metric, larger_is_better
 
 
 class Averaging:
@@ -46,10 +48,9 @@ class Averaging:
         self._snapshots.commit(steps)
 
     def average(self, score: Callable[[State], float]) -> State | None:
-        """The mean of what was kept, uniform or greedy by `score` of a state (collective); None if nothing was."""
+        """The mean of the kept snapshots, uniform or greedy by `score` (collective); None where none was kept."""
         self._open()  # rank 0's files, on every rank
         if not self._snapshots.best:
             return None
-        if self._config.greedy:
-            return greedy_soup(self._snapshots.members(), score)[0]
-        return mean(self._snapshots.members())
+        greedy = (lambda name, state: score(state)) if self._config.greedy else None
+        return average(self._snapshots.members(), greedy)[0]

@@ -1,4 +1,4 @@
-"""What a config comes to before a folder, a device or an image is touched: `plan` reports it, `train` builds on it."""
+"""What follows from a config before a folder, a device or an image is touched. `plan` reports it, `train` uses it."""
 
 from dataclasses import dataclass
 
@@ -6,14 +6,16 @@ import torch
 from torch import nn
 
 from dist_trainer.config.tree import TrainConfig
-from dist_trainer.data.augment import Augment
+from dist_trainer.data.augment import Augment, AugmentConfig
+from dist_trainer.data.config import DataConfig
 from dist_trainer.data.index import ShardIndex
+from dist_trainer.data.stream import order_samples
 from dist_trainer.engine.evaluate import center_crop
 from dist_trainer.errors import UserError
-from dist_trainer.models import build_model
+from dist_trainer.models import ModelConfig, build_model
 from dist_trainer.models.trial import try_images
-from dist_trainer.plan import Duration, Plan
-from dist_trainer.run.data import build_augment, plan_of
+from dist_trainer.plan import Duration, Plan, make_plan
+from dist_trainer.run.data import order_of
 from dist_trainer.tricks.averaging import chosen_metric
 from dist_trainer.tricks.freezing import freeze
 from dist_trainer.tricks.learning_rate import LearningRate
@@ -24,7 +26,7 @@ from dist_trainer.tricks.sync_bn import check_sync_bn
 
 
 @dataclass(frozen=True)
-class Every:
+class Intervals:
     """How often things happen; None: only at the end."""
 
     log: Duration | None
@@ -32,7 +34,7 @@ class Every:
     checkpoint: Duration | None
 
     @classmethod
-    def of(cls, config: TrainConfig) -> "Every":
+    def of(cls, config: TrainConfig) -> "Intervals":
         """Raises UserError naming the key of what is no duration."""
 
         def parse(name: str, text: str | None) -> Duration | None:
@@ -50,12 +52,12 @@ class Every:
         )
 
 
-@dataclass(frozen=True)
-class Parts:
-    """`ema_start` is the step at which the moving average begins."""
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """The parts of a run, checked, on the CPU and not yet connected."""
 
     plan: Plan
-    every: Every
+    intervals: Intervals
     learning_rate: LearningRate
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -63,58 +65,93 @@ class Parts:
     augment: Augment
     mixing: Mixing
     ema_start: int
+    """The step at which the moving average begins."""
 
 
-def build_parts(config: TrainConfig, train: ShardIndex | int, num_classes: int, world: int) -> Parts:
-    """For an index, or so many training samples, on `world` ranks. Raises UserError for whatever cannot be."""
-    if config.data.retry.deadline >= config.run.timeout:
-        raise UserError(
-            f"run.timeout: {config.run.timeout:g} s must be longer than data.retry.deadline, "
-            f"{config.data.retry.deadline:g} s, for which a rank may wait for storage"
-        )
-    plan = plan_of(config, train, world)
+def make_blueprint(config: TrainConfig, train: ShardIndex | int, num_classes: int, world: int) -> Blueprint:
+    """For an index, or a number of training samples, on `world` ranks. Raises UserError for whatever cannot be."""
+    check_timeouts(config)
+    plan = plan_run(config, train, world)
     augment = build_augment(config, plan)
     center_crop(config.eval)
     config.engine.check()
     if config.model.sync_bn:
-        check_sync_bn(plan)
-        if config.model.freeze:
-            raise UserError(
-                "model.sync_bn: frozen batch-norm layers see no other ranks; set it to false with model.freeze"
-            )
+        check_sync_bn(plan, config.model.freeze)
     rate = LearningRate(config.lr, plan)
-    model = build_model(config.model, num_classes, config.run.seed)
-    freeze(model, config.model.freeze)
-    for size in image_sizes(config, augment, train):
-        try_images(model, config.model.name, (config.data.channels, *size), num_classes)
-    return Parts(
+    sizes = image_sizes(config.augment, config.data, config.eval.crop, augment, train)
+    model = checked_model(config.model, num_classes, config.run.seed, config.data.channels, sizes)
+    side = shorter_side(config.augment, config.data, train)
+    return Blueprint(
         plan=plan,
-        every=Every.of(config),
+        intervals=Intervals.of(config),
         learning_rate=rate,
         model=model,
         optimizer=build_optimizer(config.optimizer, model, rate.peak, config.engine.zero),
         loss=build_loss(config.loss),
         augment=augment,
-        mixing=Mixing(config.mixing, plan, config.run.seed, side_of(config, train)),
+        mixing=Mixing(config.mixing, plan, config.run.seed, side),
         ema_start=check_weights(config, plan),
     )
 
 
-def side_of(config: TrainConfig, train: ShardIndex | int) -> int | None:
-    """Pixels of the shorter side of what the network sees in training, where that is certain."""
-    if config.augment.transforms or config.data.stages:
+def check_timeouts(config: TrainConfig) -> None:
+    """Raises UserError when a rank that waits for storage would count as hung."""
+    if config.data.retry.deadline >= config.run.timeout:
+        raise UserError(
+            f"run.timeout: {config.run.timeout:g} s must be longer than data.retry.deadline, "
+            f"{config.data.retry.deadline:g} s, for which a rank may wait for storage"
+        )
+
+
+def plan_run(config: TrainConfig, train: ShardIndex | int, world: int) -> Plan:
+    """The plan of a run on `world` ranks over an index, or a number of samples. Raises UserError for what cannot be."""
+    is_stream = config.data.source == "stream"
+    if is_stream and config.augment.repeats > 1:
+        raise UserError(f"augment.repeats: {config.augment.repeats} has no effect with data.source: stream")
+    samples = train if isinstance(train, int) else order_samples(train, order_of(config.data, train), config.run.seed)
+    return make_plan(
+        config.batch,
+        Duration.parse(config.duration, "duration"),
+        world=world,
+        num_samples=(config.data.num_samples or samples) if is_stream else samples,
+        tail="carry" if is_stream else config.data.tail,  # a stream has no end to mask
+        repeats=config.augment.repeats,
+    )
+
+
+def build_augment(config: TrainConfig, plan: Plan) -> Augment:
+    """The training transform. Raises UserError."""
+    return Augment(config.augment, config.run.seed, plan, config.data.mean)
+
+
+def checked_model(
+    config: ModelConfig, num_classes: int, seed: int, channels: int, sizes: set[tuple[int, int]]
+) -> nn.Module:
+    """The network, its frozen parts frozen, tried on images of these sizes (height, width). Raises UserError."""
+    model = build_model(config, num_classes, seed)
+    freeze(model, config.freeze)
+    for size in sizes:
+        try_images(model, config.name, (channels, *size), num_classes)
+    return model
+
+
+def shorter_side(augment: AugmentConfig, data: DataConfig, train: ShardIndex | int) -> int | None:
+    """Pixels of the shorter side of training images as the network sees them, where that is certain."""
+    if augment.transforms or data.stages:
         return None
-    if config.augment.crop is not None:
-        return config.augment.crop.start_size or config.augment.crop.size
+    if augment.crop is not None:
+        return augment.crop.start_size or augment.crop.size
     if isinstance(train, int):
         return None
     return min(int(train.samples[name].max()) for name in ("width", "height"))  # one size; 0 where it is not known
 
 
-def image_sizes(config: TrainConfig, augment: Augment, train: ShardIndex | int) -> set[tuple[int, int]]:
-    """(height, width) of what the network sees in training and in evaluation, as far as that is known beforehand."""
-    sizes = {(size, size) for size in {config.eval.crop, *augment.sizes} if size is not None}
-    if isinstance(train, ShardIndex) and not (config.augment.crop or config.augment.transforms or config.data.stages):
+def image_sizes(
+    config: AugmentConfig, data: DataConfig, eval_crop: int | None, augment: Augment, train: ShardIndex | int
+) -> set[tuple[int, int]]:
+    """(height, width) of images in training and in evaluation, as far as they are known beforehand."""
+    sizes = {(size, size) for size in {eval_crop, *augment.sizes} if size is not None}
+    if isinstance(train, ShardIndex) and not (config.crop or config.transforms or data.stages):
         sizes.add((int(train.samples["height"][0]), int(train.samples["width"][0])))
     return sizes
 

@@ -1,49 +1,44 @@
-"""`eval`: the exact accuracy of given weights."""
+"""A config's model and validation set without an engine: weights go in, their exact accuracy comes out."""
 
 from pathlib import Path
 
 from dist_trainer.config.tree import TrainConfig
-from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.stream import EvalStream
-from dist_trainer.distributed.collectives import World, on_main
+from dist_trainer.distributed.world import World
 from dist_trainer.engine.evaluate import EvalResult, center_crop, evaluate, report_bad
 from dist_trainer.engine.inference import Inference, Preprocess
 from dist_trainer.engine.numerics import set_numerics
 from dist_trainer.log.console import Terminal
 from dist_trainer.models import build_model
-from dist_trainer.run.data import open_data, prepare_data
+from dist_trainer.run.data import open_data
 from dist_trainer.run_folder import checkpoint
+from dist_trainer.tensors import State
 from dist_trainer.tricks.freezing import freeze
 
 
 class Evaluation:
-    """The config's model and validation set, without an engine: weights go in, their exact accuracy comes out."""
+    """`load` weights, then `score` them; several times if need be."""
 
     def __init__(self, config: TrainConfig, world: World, terminal: Terminal) -> None:
         """Raises UserError for data that cannot be used (collective)."""
         set_numerics(config.run.deterministic)
-        place = on_main(world, lambda: prepare_data(config))
-        for note in place["notes"]:
-            terminal.say(note)
-        self.train_index: ShardIndex
-        self.val_index: ShardIndex
-        self.train_index, self.val_index = open_data(config, place)
-        model = build_model(config.model, self.train_index.num_classes, config.run.seed)
+        self.data = open_data(config, world, terminal)
+        model = build_model(config.model, self.data.num_classes, config.run.seed)
         freeze(model, config.model.freeze)  # batch-norm is re-estimated where training moved it
-        preprocess = Preprocess(mean=config.data.mean, std=config.data.std, channels_last=config.model.channels_last)
+        preprocess = Preprocess.of(config.data, config.model)
         self.inference = Inference(model.to(world.device), config.engine.precision, preprocess, world)
         model.to(memory_format=preprocess.memory_format)
-        self._config, self._terminal = config, terminal
-        self._stream = EvalStream(self.val_index, config.data, center_crop(config.eval), config.eval.batch, world)
+        self._config, self._terminal = config.eval, terminal
+        self._stream = EvalStream(self.data.val, config.data, center_crop(config.eval), config.eval.batch, world)
 
-    def load(self, weights: checkpoint.State, where: str) -> None:
-        """Raises UserError for weights that do not fit the model."""
-        checkpoint.load_into(self.inference.module, weights, where)
+    def load(self, weights: State, source: str) -> None:
+        """Raises UserError, naming `source`, for weights that do not fit the model."""
+        checkpoint.load_into(self.inference.module, weights, source)
 
     def score(self) -> EvalResult:
         """Of what was loaded (collective)."""
         result = evaluate(self.inference, self._stream)
-        report_bad(self._config.eval, self._stream.index, result, None, self._terminal)
+        report_bad(self._config, self._stream.index, result, None, self._terminal)
         return result
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 
+from dist_trainer.data.bad_samples import BadSample, BadSampleLog
 from dist_trainer.data.batch import Batch
-from dist_trainer.data.health import BadSample, Health
-from dist_trainer.distributed.collectives import PackedSum, StopRequest, World, gather_json
-from dist_trainer.distributed.processes import STOP_SIGNALS
+from dist_trainer.distributed.collectives import PackedSum, gather_json
+from dist_trainer.distributed.processes import STOP_SIGNALS, StopRequest
+from dist_trainer.distributed.world import World
 from dist_trainer.log.meter import Meter
 from dist_trainer.plan import Plan
 from dist_trainer.tricks.batch_norm import RunningStatistics
@@ -23,12 +24,13 @@ class StepSums:
 
     def __init__(
         self,
+        *,
         plan: Plan,
         batch_norm: RunningStatistics,
         ema: Ema | None,
         meter: Meter,
-        health: Health,
-        bad_samples: Path,
+        bad_samples: BadSampleLog,
+        listing: Path,
         stop_request: StopRequest,
         world: World,
     ) -> None:
@@ -36,7 +38,7 @@ class StepSums:
         """The signal that asked some rank to stop: the same on every rank at the same step."""
         self._plan, self._batch_norm, self._ema = plan, batch_norm, ema
         self._meter, self._stop_request = meter, stop_request
-        self._health, self._bad_samples = health, bad_samples
+        self._bad_samples, self._listing = bad_samples, listing
         self._world, self._device = world, world.device
         self._head = 3 + len(STOP_SIGNALS)
         self._sum = PackedSum(self._head, world.device)
@@ -59,17 +61,17 @@ class StepSums:
             self._batch_norm.add()
 
     def exchange(self, applied: bool) -> None:
-        """The step is over; `applied` says whether its update was made. Its statistics count only then."""
+        """Start the sum of a step whose update was made or, if not `applied`, was not: its statistics do not count."""
         self.finish()
         votes = [float(self._stop_request.signal == name) for name in STOP_SIGNALS]
         pinned = self._device.type == "cuda"  # a copy from other memory would wait for the device
-        ill = float(len(self._bad) + len(self._outages))
-        head = torch.tensor([0.0, self._num_samples, ill, *votes], dtype=torch.float64, pin_memory=pinned)
+        num_problems = float(len(self._bad) + len(self._outages))
+        head = torch.tensor([0.0, self._num_samples, num_problems, *votes], dtype=torch.float64, pin_memory=pinned)
         head = head.to(self._device, non_blocking=True)
         head[0] = self._loss
         self._sum.launch(torch.cat([head, self._batch_norm.take()]))
         self._applied = applied
-        self._ill = [asdict(bad) for bad in self._bad], self._outages
+        self._problems = [asdict(bad) for bad in self._bad], self._outages
         self._reset()
         if not applied:
             # Buffers that hold NaN would hand it on: even momentum 1 computes 0 * NaN.
@@ -80,23 +82,23 @@ class StepSums:
         """Take in the last step's sum, if it is not in yet."""
         if not self._sum.is_pending:
             return
-        (loss_sum, num_samples, ill, *votes), vector = self._sum.collect()
-        if ill:
-            self._learn()
+        (loss_sum, num_samples, num_problems, *votes), vector = self._sum.collect()
+        if num_problems:
+            self._share_problems()
         if self._applied:
             self._meter.add(loss_sum, num_samples)
             self._batch_norm.update(vector[self._head :], self._plan.num_slots)
             if self._ema is not None:
-                self._ema.follow(self._batch_norm.running)
+                self._ema.update_statistics(self._batch_norm.running)
         for name, count in zip(STOP_SIGNALS, votes, strict=True):
             if count:
                 self.stop = name
 
-    def _learn(self) -> None:
+    def _share_problems(self) -> None:
         """Some rank met bad samples or lost its storage: all learn which (collective; rare)."""
-        for bad, outages in gather_json(self._world, self._ill):
-            new = self._health.learn(BadSample(**each) for each in bad)
+        for bad, outages in gather_json(self._world, self._problems):
+            new = self._bad_samples.add(BadSample(**each) for each in bad)
             if self._world.is_main:
-                self._health.write(self._bad_samples, new)
+                self._bad_samples.write(self._listing, new)
             if outages:
-                self._health.outage = self._health.outage or outages[0]
+                self._bad_samples.outage = self._bad_samples.outage or outages[0]

@@ -5,28 +5,29 @@ from collections.abc import Iterator
 
 import torch
 
-from dist_trainer.data.stream import DrawnStream
+from dist_trainer.data.stream import FixedSampleStream
 from dist_trainer.distributed.collectives import gather_json
-from dist_trainer.engine.base import Engine, State
+from dist_trainer.engine.base import Engine
 from dist_trainer.errors import UserError
+from dist_trainer.tensors import State
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema
 from dist_trainer.tricks.precise_bn import re_estimate
 
 
 class Weights:
-    """Has the engine's module hold one set of weights after another. Training never notices: all is put back."""
+    """Swaps one set of weights after another into the engine's module. All is put back: training never notices."""
 
     def __init__(
-        self, engine: Engine, batch_norm: RunningStatistics, ema: Ema | None, draw: DrawnStream | None
+        self, engine: Engine, batch_norm: RunningStatistics, ema: Ema | None, bn_samples: FixedSampleStream | None
     ) -> None:
-        self._engine, self._batch_norm, self._ema, self._draw = engine, batch_norm, ema, draw
+        self._engine, self._batch_norm, self._ema, self._bn_samples = engine, batch_norm, ema, bn_samples
         self.re_estimated: dict[str, State] = {}
-        """Batch-norm statistics by name, of the weights that were last `held` under it."""
+        """Batch-norm statistics by name, of the weights that were last `swapped_in` under it."""
 
     @property
     def all_names(self) -> list[str]:
-        """Whatever is scored while training, by name (log/tracker.py)."""
+        """All weights that are scored while training, by name (log/tracker.py)."""
         names = ["model", *(["ema"] if self._ema is not None else [])]
         return [name + kind for name in names for kind in ("", "_bn") if not kind or self.can_re_estimate]
 
@@ -36,57 +37,57 @@ class Weights:
         return ["model", *(["ema"] if self._ema is not None and self._ema.has_begun else [])]
 
     @contextlib.contextmanager
-    def held(self, name: str, state: State | None = None) -> Iterator[None]:
-        """In this block the module holds the weights of this name, or whole ones of `state` (collective)."""
+    def swapped_in(self, name: str, state: State | None = None) -> Iterator[None]:
+        """In this block the module holds the weights of this name, or the full ones of `state` (collective)."""
         with contextlib.ExitStack() as stack:
             stack.callback(self._batch_norm.publish)
             self._batch_norm.publish()
             if state is not None:
-                stack.enter_context(self._engine.holding(self._engine.own_part(state)))
-                self._batch_norm.put(self._batch_norm.packed(state))
+                stack.enter_context(self._engine.swapped_in(self._engine.to_local(state)))
+                self._batch_norm.load(self._batch_norm.flatten(state))
             elif name == "ema":
                 assert self._ema is not None
-                stack.enter_context(self._engine.holding(self._ema.weights))
-                self._batch_norm.put(self._ema.statistics)
+                stack.enter_context(self._engine.swapped_in(self._ema.weights))
+                self._batch_norm.load(self._ema.statistics)
             yield
 
     @property
     def can_re_estimate(self) -> bool:
-        return self._draw is not None and len(self._batch_norm) > 0
+        return self._bn_samples is not None and len(self._batch_norm) > 0
 
     def re_estimate(self, name: str) -> None:
-        """Replace the statistics of the held weights by those over the draw, until the block ends (collective).
+        """Replace the statistics of the weights in the module by re-estimated ones, until the block ends (collective).
 
-        Raises UserError, on every rank, for storage that stays away.
+        Raises UserError, on every rank, for storage that cannot be reached.
         """
-        assert self._draw is not None
+        assert self._bn_samples is not None
         outages: list[str] = []
 
         def batches() -> Iterator[tuple[torch.Tensor, bool]]:
-            for batch in self._draw or ():
+            for batch in self._bn_samples or ():
                 outages.extend([batch.outage] if batch.outage else [])
                 yield batch.images, not batch.ghost
 
         found = re_estimate(self._engine.module, batches(), self._engine.logits)
         for line in (line for rank in gather_json(self._engine.world, outages) for line in rank):
             raise UserError(line)
-        self._batch_norm.put(self._batch_norm.packed(found))
+        self._batch_norm.load(self._batch_norm.flatten(found))
         self.re_estimated[name] = found
 
     def state(self) -> State:
-        """What the module holds now, weights and buffers (collective; whole on rank 0)."""
+        """Weights and buffers that the module holds now (collective; full on rank 0)."""
         return self._engine.model_state()
 
     def ema_state(self) -> State:
-        """The average, weights and buffers (collective; whole on rank 0)."""
+        """Weights and buffers of the average (collective; full on rank 0)."""
         assert self._ema is not None
         return {
             **self._engine.model_state(),
-            **self._engine.whole(self._ema.weights),
-            **self._batch_norm.named(self._ema.statistics),
+            **self._engine.to_full(self._ema.weights),
+            **self._batch_norm.unflatten(self._ema.statistics),
         }
 
     def load_ema(self, state: State, num_updates: int) -> None:
         """Undo `ema_state`, on any stage and world."""
         assert self._ema is not None
-        self._ema.load(self._engine.own_part(state), self._batch_norm.packed(state), num_updates)
+        self._ema.load(self._engine.to_local(state), self._batch_norm.flatten(state), num_updates)

@@ -1,33 +1,30 @@
 """One consolidated checkpoint per save, readable on any world size and ZeRO stage.
 
 `step_00012345/{model,optim}.safetensors`, `state.json`, and `MANIFEST.json` with sizes and digests, written last and
-renamed into place: that is the commit. What has no manifest that parses, or does not match it, does not exist.
-No pickle is ever read, and DeepSpeed's own format (one file per rank, a pointer written before the files) is not used.
+renamed into place: that is the commit. A folder whose manifest is missing, does not parse or does not match its files
+is not a checkpoint. DeepSpeed's own format (one file per rank, a pointer written before the files) is not used.
 """
 
-import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dist_trainer.errors import UserError
+from dist_trainer.run_folder.tensor_files import digest, read_tensors, save_tensors
+from dist_trainer.storage.atomic import replace_text, sync
+from dist_trainer.tensors import State, misfits
 
-State = dict[str, torch.Tensor]
 VERSION = 1
 MANIFEST = "MANIFEST.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What is saved to go on from."""
+    """What is saved to resume from."""
 
     every: str | None = "1ep"
     """How often to save; null: only at the end and when stopped."""
@@ -35,37 +32,9 @@ class CheckpointConfig:
     """Checkpoints kept for resuming. The best validated weights are kept beside."""
 
 
-def digest(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def on_host(state: State) -> State:
-    """Contiguous copies on the host: safetensors takes neither channels_last nor views of one storage."""
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
-
-
-def save_tensors(tensors: State, path: Path) -> None:
-    """A safetensors file with the rights that a new file has here; safetensors' own would be the owner's alone."""
-    path.touch()
-    rights = path.stat().st_mode
-    save_file(on_host(tensors), path)
-    path.chmod(rights)
-
-
 def write(folder: Path, tensors: dict[str, State], state: dict[str, Any]) -> None:
     """Write `folder` whole: `tensors[x]` as x.safetensors, `state` as state.json, then the manifest."""
-    shutil.rmtree(folder, ignore_errors=True)  # an earlier try that never got its manifest
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier attempt that never got its manifest
     folder.mkdir(parents=True)
     for name, values in tensors.items():
         save_tensors(values, folder / f"{name}.safetensors")
@@ -74,11 +43,7 @@ def write(folder: Path, tensors: dict[str, State], state: dict[str, Any]) -> Non
     for path in sorted(folder.iterdir()):
         sync(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": digest(path)}
-    temporary = folder / f".{MANIFEST}"
-    temporary.write_text(json.dumps({"version": VERSION, "files": files}, indent=1))
-    sync(temporary)
-    temporary.replace(folder / MANIFEST)
-    sync(folder)
+    replace_text(folder / MANIFEST, json.dumps({"version": VERSION, "files": files}, indent=1), durable=True)
 
 
 def fault(folder: Path, *, digests: bool = True) -> str | None:
@@ -129,15 +94,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 def load_tensors(folder: Path, name: str) -> State:
     """`name`.safetensors, on the host. Raises UserError for a file that is none."""
-    return _load_file(folder / f"{name}.safetensors")
-
-
-def _load_file(path: Path) -> State:
-    try:
-        tensors: State = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file ({error})") from None
-    return tensors
+    return read_tensors(folder / f"{name}.safetensors")
 
 
 def save(root: Path, step: int, tensors: dict[str, State], state: dict[str, Any], keep: int) -> None:
@@ -146,14 +103,14 @@ def save(root: Path, step: int, tensors: dict[str, State], state: dict[str, Any]
     Raises UserError when the storage refuses; the earlier checkpoints are untouched then.
     """
     folder = root / f"step_{step:08d}"
-    # Another whole one of this step goes only when its successor is whole.
+    # A complete one of the same step is removed only when its successor is complete.
     target = folder if fault(folder, digests=False) else root / f".{folder.name}"
     try:
         write(target, tensors, state)
         if target != folder:
             shutil.rmtree(folder)
             target.rename(folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         if target != folder:
             shutil.rmtree(target, ignore_errors=True)
         raise UserError(f"cannot save {folder}: {error}; earlier checkpoints are whole") from None
@@ -165,38 +122,23 @@ def save(root: Path, step: int, tensors: dict[str, State], state: dict[str, Any]
 
 
 def replace_best(root: Path, weights: State, metrics: dict[str, Any]) -> None:
-    """Keep `weights` as the best so far, in `root`/step_XXXXXXXX; the former best goes when the new one is whole."""
+    """Keep `weights` as the best so far, in `root`/step_XXXXXXXX; the former best is removed once they are complete."""
     save(root, int(metrics["step"]), {"model": weights}, metrics, keep=1)
 
 
 def write_weights(path: Path, weights: State) -> None:
     """One safetensors file, whole or not at all. Raises UserError when the storage refuses."""
-    temporary = path.with_name(f".{path.name}")
     try:
-        save_tensors(weights, temporary)
-        sync(temporary)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        save_tensors(weights, path, durable=True)
+    except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
 
 
-def load_into(model: nn.Module, weights: State, where: str) -> None:
-    """Load weights and buffers. Raises UserError, naming them, for keys or shapes that do not fit."""
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [
-        f"{n} {tuple(weights[n].shape)} for {tuple(own[n].shape)}"
-        for n in own
-        if n in weights and own[n].shape != weights[n].shape
-    ]
-    faults = [
-        f"{what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("other shapes", shapes))
-        if names
-    ]
-    if faults:
-        raise UserError(f"{where}: does not fit the model ({'; '.join(faults)}); check model.name and model.args")
+def load_into(model: nn.Module, weights: State, source: str) -> None:
+    """Load weights and buffers. Raises UserError, naming `source`, for names or shapes that do not fit."""
+    shapes, own = ({name: str(tuple(t.shape)) for name, t in s.items()} for s in (weights, model.state_dict()))
+    if found := misfits(shapes, own):
+        raise UserError(f"{source}: does not fit the model ({found}); check model.name and model.args")
     model.load_state_dict(weights)
 
 
@@ -217,4 +159,4 @@ def load_weights(path: Path, name: str = "model") -> State:
         return state if name == weights else state | load_tensors(path, f"bn_{weights}")
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint folder or safetensors file")
-    return _load_file(path)
+    return read_tensors(path)

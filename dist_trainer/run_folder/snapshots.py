@@ -12,15 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from dist_trainer.errors import UserError
-from dist_trainer.run_folder.checkpoint import State, digest, load_weights, save_tensors, sync
-from dist_trainer.tricks.averaging import Member, not_finite
+from dist_trainer.run_folder.tensor_files import digest, read_tensors, save_tensors
+from dist_trainer.storage.atomic import replace_text
+from dist_trainer.tensors import State, not_finite
 
 INDEX = "index.json"
 VERSION = 1
-_OURS = re.compile(r"\.?step_\d{8,}\.safetensors|\.index\.json|\.tmp\w{6}")  # the last is safetensors' own, when killed
+_OURS = re.compile(r"\.?step_\d{8,}\.safetensors|\.index\.json|\.tmp\w{6}")  # .tmp: safetensors', after a kill
 
 
 @dataclass(frozen=True)
@@ -133,9 +132,9 @@ class Snapshots:
         """Its weights, on the host. Raises UserError for a file that is not what was written."""
         if reason := self._fault(snapshot, digests=True):
             raise UserError(f"{self.folder / snapshot.file} {reason}: damaged; average without it, with --files")
-        return load_weights(self.folder / snapshot.file)
+        return read_tensors(self.folder / snapshot.file)
 
-    def members(self) -> Iterator[Member]:
+    def members(self) -> Iterator[tuple[str, State]]:
         """(file name, weights) of `best`, each loaded when its turn comes."""
         return ((each.file, self.load(each)) for each in self.best)
 
@@ -156,16 +155,12 @@ class Snapshots:
 
     def _write(self, step: int, value: float, weights: State) -> Snapshot:
         path = self.folder / Snapshot(step, value, 0, "").file
-        temporary = path.with_name(f".{path.name}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_tensors(weights, temporary)
-            written = Snapshot(step, value, temporary.stat().st_size, digest(temporary))
-            _rename(temporary, path)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            save_tensors(weights, path, durable=True)
+            return Snapshot(step, value, path.stat().st_size, digest(path))
+        except OSError as error:
             raise UserError(f"cannot keep {path}: {error}; the earlier snapshots are whole") from None
-        return written
 
     def _put(self, snapshots: list[Snapshot], checkpoints: list[int]) -> None:
         """Make the index say so, then remove the files that it does not name."""
@@ -179,11 +174,9 @@ class Snapshots:
             "checkpoints": checkpoints,
             "snapshots": [asdict(e) for e in named],
         }
-        temporary = self.folder / f".{INDEX}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(index, indent=1))
-            _rename(temporary, self.folder / INDEX)
+            replace_text(self.folder / INDEX, json.dumps(index, indent=1), durable=True)
             self._all, self._checkpoints = named, checkpoints
             files = {each.file for each in named}
             for path in self.folder.iterdir():
@@ -191,10 +184,3 @@ class Snapshots:
                     path.unlink()
         except OSError as error:
             raise UserError(f"cannot write {self.folder / INDEX}: {error}; the earlier snapshots are whole") from None
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    """Bring a file to the disk and put it in its place."""
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)

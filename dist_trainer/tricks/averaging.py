@@ -1,4 +1,4 @@
-"""Weight averaging: one model from several of a run, uniform or greedy. snapshots.py keeps the k best.
+"""Weight averaging: one model from several of a run, uniform or greedy. run_folder/snapshots.py keeps the k best.
 
 Batch-norm statistics do not average as weights do: estimate them again (PreciseBN) before the result is judged.
 """
@@ -10,10 +10,9 @@ from typing import Self
 import torch
 
 from dist_trainer.errors import UserError, nearest
+from dist_trainer.tensors import State, kind, misfits, not_finite
 
-State = dict[str, torch.Tensor]
 Member = tuple[str, State]  # the name of a file, and what is in it
-Kinds = dict[str, tuple[torch.dtype, torch.Size]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,26 +49,22 @@ def larger_is_better(metric: str) -> bool:
     return not metric.endswith("loss")
 
 
-def not_finite(state: State) -> str | None:
-    """The first tensor of `state` that has a NaN or an infinity, or None."""
-    return next((key for key, value in state.items() if not value.isfinite().all()), None)
-
-
 class _Sum:
     """The sum of `num` states: floats in float64, everything else as in the first."""
 
     def __init__(self) -> None:
         self.num = 0
         self._first = ""
-        self._kinds: Kinds = {}
+        self._kinds: dict[str, str] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         self._floats: State = {}
         self._others: State = {}
 
     def add(self, name: str, state: State) -> None:
         """Raises UserError naming the file and the tensor that does not fit or is not finite; adds nothing then."""
-        kinds = {key: (value.dtype, value.shape) for key, value in state.items()}
-        if self.num and kinds != self._kinds:
-            raise UserError(f"{name}: cannot be averaged with {self._first} ({_differences(kinds, self._kinds)})")
+        kinds = {key: kind(value) for key, value in state.items()}
+        if self.num and (found := misfits(kinds, self._kinds)):
+            raise UserError(f"{name}: cannot be averaged with {self._first} ({found})")
         if key := not_finite(state):
             raise UserError(f"{name}: {key} has values that are not finite; average without this file")
         for key, value in state.items():
@@ -81,12 +76,14 @@ class _Sum:
                 self._others[key] = value.clone()  # a view would hold its whole file
         if not self.num:
             self._first, self._kinds = name, kinds
+            self._dtypes = {key: value.dtype for key, value in state.items()}
         self.num += 1
 
     def copy(self) -> Self:
         """Another one, to add to without changing this one."""
         other = type(self)()
         other.num, other._first, other._kinds, other._others = self.num, self._first, self._kinds, self._others
+        other._dtypes = self._dtypes
         other._floats = {key: value.clone() for key, value in self._floats.items()}
         return other
 
@@ -96,57 +93,34 @@ class _Sum:
             raise UserError("there is nothing to average: no snapshots and no files")
         return {
             key: (self._floats[key] / self.num).to(dtype) if key in self._floats else self._others[key].clone()
-            for key, (dtype, _) in self._kinds.items()
+            for key, dtype in self._dtypes.items()
         }
 
 
-def _differences(kinds: Kinds, first: Kinds) -> str:
-    """For example `missing: fc.bias; other: fc.weight float32 (10, 64) for float32 (1000, 64)`."""
-
-    def text(kind: tuple[torch.dtype, torch.Size]) -> str:
-        return f"{str(kind[0]).removeprefix('torch.')} {tuple(kind[1])}"
-
-    both = sorted(first.keys() & kinds.keys())
-    found = {
-        "missing": sorted(first.keys() - kinds.keys()),
-        "unexpected": sorted(kinds.keys() - first.keys()),
-        "other": [f"{key} {text(kinds[key])} for {text(first[key])}" for key in both if kinds[key] != first[key]],
-    }
-    return "; ".join(
-        f"{what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" for what, names in found.items() if names
-    )
-
-
-def mean(members: Iterable[Member]) -> State:
+def average(members: Iterable[Member], score: Callable[[str, State], float] | None = None) -> tuple[State, list[str]]:
     """The mean of `members`, best first: floats in float64 and back in their type, everything else as in the best.
 
-    At any time one float64 sum and one member are held, so let `members` load them one by one. Up to 2**29 copies of
-    one state in float32, bfloat16 or float16 give that very state, bit for bit: a value has at most 24 significant
-    bits, so every multiple of it up to that is exact in the 53 of float64, and so is the quotient, which is the value.
-    Raises UserError, naming file and tensor, for names, types or shapes that differ and for values that are not finite.
+    With `score`, greedily: each member is kept if the mean of the kept ones and it scores at least as high as without
+    it (Wortsman et al. 2022, Model soups, recipe 1); the first always is. `score` is called once per member, with its
+    name and the mean with it; larger is better. Returns the mean and the names of the members in it.
+
+    At any time one sum in float64 (two with `score`) and one member are in memory, so let `members` load them one by
+    one. Up to 2**29 copies of one state in float32, bfloat16 or float16 give that very state, bit for bit: a value has
+    at most 24 significant bits, so every multiple of it up to that is exact in the 53 of float64, and so is the
+    quotient, which is the value. Raises UserError, naming file and tensor, for names, types or shapes that differ and
+    for values that are not finite.
     """
-    total = _Sum()
-    for name, state in members:
-        total.add(name, state)
-        del state  # before the next one is loaded
-    return total.mean()
-
-
-def greedy_soup(candidates: Iterable[Member], score: Callable[[State], float]) -> tuple[State, list[str]]:
-    """The mean of those `candidates`, best first, that do not lower `score` (larger is better), and their names.
-
-    Each is kept if the mean of the kept ones and it scores at least as high as without it (Wortsman et al. 2022, Model
-    soups, recipe 1); the first always is. `score` is called once per candidate. Raises as `mean` does.
-    Two float64 sums and one member are held.
-    """
-    soup, best = _Sum(), 0.0
+    total, best = _Sum(), 0.0
     kept: list[str] = []
-    for name, state in candidates:
-        trial = soup.copy()
+    for name, state in members:
+        trial = total.copy() if score is not None else total
         trial.add(name, state)
-        del state
-        result = score(trial.mean())
-        if not kept or result >= best:
-            soup, best = trial, result
-            kept.append(name)
-    return soup.mean(), kept
+        del state  # before the next one is loaded
+        if score is not None:
+            result = score(name, trial.mean())
+            if kept and not result >= best:
+                continue
+            best = result
+        total = trial
+        kept.append(name)
+    return total.mean(), kept

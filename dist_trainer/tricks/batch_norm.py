@@ -87,20 +87,20 @@ class RunningStatistics:
 
         Training is not affected: a training forward overwrites the buffers with its own batch's statistics.
         """
-        self.put(self.running)
+        self.load(self.running)
         for counter in self._counters:
             counter.fill_(self._num_updates)
 
-    def put(self, statistics: torch.Tensor) -> None:
+    def load(self, statistics: torch.Tensor) -> None:
         """Have the layers hold these statistics (float32 [2C]) until `publish` or the next training forward."""
         self._batch.copy_(statistics)
 
-    def named(self, statistics: torch.Tensor) -> dict[str, torch.Tensor]:
+    def unflatten(self, statistics: torch.Tensor) -> dict[str, torch.Tensor]:
         """float32 [2C] as buffers by name: {"bn1.running_mean": [C1], "bn1.running_var": [C1], ...}."""
         return dict(zip(self._names, torch.split(statistics, self._sizes), strict=True)) if self._sizes else {}
 
-    def packed(self, state: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Undo `named`: float32 [2C] on the model's device; names that are missing keep what the layers hold."""
-        now = self.named(self._batch)
+    def flatten(self, state: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Undo `unflatten`: float32 [2C] on the model's device; names that are missing keep what the layers hold."""
+        now = self.unflatten(self._batch)
         parts = [state.get(name, value).to(self._batch) for name, value in now.items()]
         return torch.cat(parts) if parts else self._batch.clone()

@@ -12,8 +12,7 @@ from typing import Literal
 import torch
 
 from dist_trainer.errors import UserError
-
-State = dict[str, torch.Tensor]
+from dist_trainer.tensors import State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +105,7 @@ class Ema:
             live = {name: value.to("cpu") for name, value in live.items()}
         torch._foreach_lerp_(list(self.weights.values()), [live[name] for name in self.weights], weight)
 
-    def follow(self, statistics: torch.Tensor) -> None:
+    def update_statistics(self, statistics: torch.Tensor) -> None:
         """Take in the running statistics (float32 [2C]) of the next applied update: they come after its weights."""
         weight = self._weight(self._num_followed)
         self._num_followed += 1

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_trainer.errors import UserError
+from dist_trainer.tensors import State
 from dist_trainer.tricks.batch_norm import BatchNorm, moving_layers
 
 T = TypeVar("T")
-State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
 """SyncBatchNorm: the micro-batches that all ranks run at the same time are normalised by their common statistics."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -7,14 +9,16 @@ from dist_trainer.errors import UserError
 from dist_trainer.plan import Plan
 
 
-def check_sync_bn(plan: Plan) -> None:
-    """Raises UserError for a world where some forwards only keep others company: they would count in the statistics."""
+def check_sync_bn(plan: Plan, frozen: Sequence[str] = ()) -> None:
+    """Raises UserError for a world with ghost forwards, which would enter the statistics, and for `frozen` layers."""
     if plan.num_slots % plan.world:
         worlds = [w for w in range(1, plan.num_slots + 1) if plan.num_slots % w == 0]
         raise UserError(
             f"model.sync_bn: {plan.world} ranks do not divide the {plan.num_slots} micro-batches of a step, so surplus "
             f"forwards would enter the statistics; start {', '.join(map(str, worlds))} ranks"
         )
+    if frozen:
+        raise UserError("model.sync_bn: frozen batch-norm layers see no other ranks; set it to false with model.freeze")
 
 
 def check_same_world(then: int, now: int) -> None:

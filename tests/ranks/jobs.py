@@ -25,17 +25,22 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from dist_trainer.config import arguments
-from dist_trainer.distributed import collectives as comm
+from dist_trainer.config.tree import TrainConfig
+from dist_trainer.distributed.collectives import on_main
+from dist_trainer.distributed.processes import StopRequest
+from dist_trainer.distributed.world import World, init_world, shutdown_world
 from dist_trainer.errors import UserError
 from dist_trainer.log.console import Terminal
 from dist_trainer.run.evaluation import evaluate_weights
-from dist_trainer.run.start import Run, finish_run, start_run
+from dist_trainer.run.start import build_run, prepare_run
+from dist_trainer.run.state import Run
+from dist_trainer.run.summary import finish_run
 from dist_trainer.train import train
 
 
-def observe(run: Run, stop: comm.StopRequest, job: dict[str, Any], folder: Path) -> None:
+def observe(run: Run, stop: StopRequest, job: dict[str, Any], folder: Path) -> None:
     """Look at every micro-batch that passes, without changing it."""
-    forward_backward = run.engine.forward_backward
+    forward_backward = run.learner.engine.forward_backward
     seen: list[dict[str, Any]] = []
 
     def watched(batch: Any) -> torch.Tensor:
@@ -58,7 +63,7 @@ def observe(run: Run, stop: comm.StopRequest, job: dict[str, Any], folder: Path)
             (folder / f"{job['name']}-rank{run.world.rank}.json").write_text(json.dumps(seen))
         return forward_backward(batch)
 
-    run.engine.forward_backward = watched  # type: ignore[method-assign]
+    run.learner.engine.forward_backward = watched  # type: ignore[method-assign]
     if job.get("weights"):
         log_weights(run, folder / f"{job['name']}-weights")
         check_what_is_left(run)
@@ -69,46 +74,48 @@ def observe(run: Run, stop: comm.StopRequest, job: dict[str, Any], folder: Path)
 def log_weights(run: Run, folder: Path) -> None:
     """Write the whole weights after every step, and whether it was applied; and all running statistics."""
     folder.mkdir(exist_ok=True)
-    step = run.engine.step
+    step = run.learner.engine.step
 
     def logged() -> bool:
         applied = step()
-        state = run.engine.model_state()
+        state = run.learner.engine.model_state()
         if run.world.is_main:
-            weights = {name: state[name].clone().contiguous() for name, _ in run.engine.module.named_parameters()}
+            weights = {
+                name: state[name].clone().contiguous() for name, _ in run.learner.engine.module.named_parameters()
+            }
             save_file(weights, folder / f"{run.progress.step:04d}-{int(applied)}.safetensors")
         return applied
 
-    run.engine.step = logged  # type: ignore[method-assign]
-    update, rows = run.batch_norm.update, [run.batch_norm.running.clone()]
+    run.learner.engine.step = logged  # type: ignore[method-assign]
+    update, rows = run.learner.batch_norm.update, [run.learner.batch_norm.running.clone()]
 
     def updated(sums: torch.Tensor, num_slots: int) -> None:
         update(sums, num_slots)
-        rows.append(run.batch_norm.running.clone())
+        rows.append(run.learner.batch_norm.running.clone())
         if run.world.is_main:
             save_file({"running": torch.stack(rows)}, f"{folder}-statistics.safetensors")
 
-    run.batch_norm.update = updated  # type: ignore[method-assign]
+    run.learner.batch_norm.update = updated  # type: ignore[method-assign]
 
 
 def check_what_is_left(run: Run) -> None:
     """Behind every block that holds other weights the module has the running statistics of training again."""
-    held = run.weights.held
+    swapped_in = run.learner.weights.swapped_in
 
     @contextlib.contextmanager
     def checked(name: str, state: Any = None) -> Iterator[None]:
-        with held(name, state):
+        with swapped_in(name, state):
             yield
-        left = run.engine.module.state_dict()
-        for key, value in run.batch_norm.named(run.batch_norm.running).items():
+        left = run.learner.engine.module.state_dict()
+        for key, value in run.learner.batch_norm.unflatten(run.learner.batch_norm.running).items():
             assert torch.equal(left[key], value), f"{key} of {name} was left in the module"
 
-    run.weights.held = checked  # type: ignore[method-assign]
+    run.learner.weights.swapped_in = checked  # type: ignore[method-assign]
 
 
 def kill_in(run: Run, what: str, nth: int) -> None:
     """End the last rank by SIGKILL when weights of this name (or `re_estimate`) are scored for the n-th time."""
-    held, re_estimate, count = run.weights.held, run.weights.re_estimate, 0
+    swapped_in, re_estimate, count = run.learner.weights.swapped_in, run.learner.weights.re_estimate, 0
 
     def counted(name: str) -> None:
         nonlocal count
@@ -118,32 +125,38 @@ def kill_in(run: Run, what: str, nth: int) -> None:
 
     @contextlib.contextmanager
     def watched(name: str, state: Any = None) -> Iterator[None]:
-        with held(name, state):
+        with swapped_in(name, state):
             counted(name)
             yield
 
-    run.weights.held = watched  # type: ignore[method-assign]
-    run.weights.re_estimate = lambda name: (counted("re_estimate"), re_estimate(name))[1]  # type: ignore
+    run.learner.weights.swapped_in = watched  # type: ignore[method-assign]
+    run.learner.weights.re_estimate = lambda name: (counted("re_estimate"), re_estimate(name))[1]  # type: ignore
+
+
+def start_run(config: TrainConfig, stop: StopRequest, world: World) -> Run:
+    terminal = Terminal(active=world.is_main)
+    prepared = prepare_run(config, stem="job", world=world, terminal=terminal)
+    assert not prepared.claim.is_complete, f"{config.run.name} is complete already"
+    return build_run(prepared, config=config, world=world, terminal=terminal, stop=stop)
 
 
 def main() -> None:
     jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    world = comm.init()
+    world = init_world()
     for job in jobs:
         parser = arguments.new_parser("train", "")
         config, _ = arguments.parse_config(parser, [*job["argv"], f"--run.dir={folder}", f"--run.name={job['name']}"])
-        stop = comm.StopRequest()
+        stop = StopRequest()
         if "late" in job:
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=2))
-            said = comm.on_main(replace(world, host_group=group, beat_s=0.5), lambda: time.sleep(5) or "done")  # type: ignore[func-returns-value]
+            said = on_main(replace(world, host_group=group, beat_s=0.5), lambda: time.sleep(5) or "done")  # type: ignore[func-returns-value]
             (folder / f"{job['name']}-rank{world.rank}.txt").write_text(said)
             continue
         if "eval" in job:
             result = evaluate_weights(config, Path(job["eval"]), world, Terminal(active=False), job.get("of", "model"))
             (folder / f"{job['name']}.json").write_text(json.dumps(asdict(result)))
             continue
-        run = start_run(config, "job", world, Terminal(active=world.is_main), stop)
-        assert isinstance(run, Run), f"{job['name']} is complete already"
+        run = start_run(config, stop, world)
         observe(run, stop, job, folder)
         try:
             finish_run(run, train(run))
@@ -151,7 +164,7 @@ def main() -> None:
             if not job.get("fails"):
                 raise
             (folder / f"{job['name']}-rank{world.rank}.txt").write_text(str(error))
-    comm.shutdown()
+    shutdown_world()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dist_trainer.data.batch import Batch, SlotAddress
-from dist_trainer.distributed import collectives as comm
+from dist_trainer.distributed.world import World, init_world, shutdown_world
 from dist_trainer.engine.base import Engine, EngineConfig
 from dist_trainer.engine.build import build_engine
 from dist_trainer.engine.inference import Preprocess
@@ -114,7 +114,7 @@ def batch_of(step: int, slot: int) -> Batch:
 class Case:
     """One optimizer with its settings, to be run in any engine."""
 
-    def __init__(self, world: comm.World, config: OptimizerConfig, rate: float, frozen: list[str]) -> None:
+    def __init__(self, world: World, config: OptimizerConfig, rate: float, frozen: list[str]) -> None:
         self.world, self.config, self.rate, self.frozen = world, config, rate, frozen
         batch = BatchConfig(global_batch=SLOTS * MICRO, micro_batch=MICRO)
         duration = Duration.parse(f"{STEPS}step", "duration")
@@ -126,12 +126,22 @@ class Case:
         config = EngineConfig(backend="torch" if way == "torch" else "deepspeed", zero=zero, precision="fp32")  # type: ignore[arg-type]
         preprocess = Preprocess(mean=[0.5], std=[0.3], channels_last=True)
         mixing = Mixing(MixingConfig(), self.plan, 0, None)
-        return build_engine(config, model, optimizer, CrossEntropy(), mixing, self.plan, self.world, preprocess, 0)
+        return build_engine(
+            config,
+            model=model,
+            optimizer=optimizer,
+            loss=CrossEntropy(),
+            mixing=mixing,
+            plan=self.plan,
+            world=self.world,
+            preprocess=preprocess,
+            seed=0,
+        )
 
     def steps(self, engine: Engine, steps: range) -> dict[str, torch.Tensor]:
         """Model and optimizer state after these steps; where something is frozen, also the moving average."""
         statistics = RunningStatistics(engine.module)
-        ema = Ema(EmaConfig(decay=0.9), engine.own_weights, statistics.running, 0, STEPS)
+        ema = Ema(EmaConfig(decay=0.9), engine.local_weights, statistics.running, 0, STEPS)
         for step in steps:
             engine.set_lr(self.rate * RATES[step])
             for slot in self.plan.slots_of(self.world.rank):
@@ -145,8 +155,8 @@ class Case:
         state = {f"model/{name}": value for name, value in engine.model_state().items()}
         state |= {f"optim/{name}": value for name, value in engine.optimizer_state().items()}
         if self.frozen:
-            state |= {f"ema/{name}": value for name, value in engine.whole(ema.weights).items()}
-            with engine.holding(ema.weights):
+            state |= {f"ema/{name}": value for name, value in engine.to_full(ema.weights).items()}
+            with engine.swapped_in(ema.weights):
                 state |= {f"held/{name}": value.clone() for name, value in engine.model_state().items()}
         return {name: value.clone() for name, value in state.items()}
 
@@ -218,7 +228,7 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], kind: str) 
     return max(float((x - y).abs().max() / x.abs().max().clamp(min=1e-12)) for x, y in pairs)
 
 
-def run(world: comm.World, name: str, layer_decay: float, frozen: list[str], folder: Path) -> dict[str, Any]:
+def run(world: World, name: str, layer_decay: float, frozen: list[str], folder: Path) -> dict[str, Any]:
     args, rate, build = {**ELEMENT_WISE, **LAYER_WISE}[name]
     config = OptimizerConfig(name=name, args=args, weight_decay=DECAY, layer_decay=layer_decay)
     case = Case(world, config, rate, frozen)
@@ -247,7 +257,7 @@ def run(world: comm.World, name: str, layer_decay: float, frozen: list[str], fol
 
 def main() -> None:
     out = Path(sys.argv[1])
-    world = comm.init()
+    world = init_world()
     gc.freeze()  # ZeRO 3 collects garbage whenever it begins; what was imported need not be looked at
     cases: list[tuple[str, float, list[str]]] = [(name, 1.0, []) for name in (*ELEMENT_WISE, *LAYER_WISE)]
     cases += [("sgd", 0.7, []), ("lamb", 0.7, []), ("adamw", 1.0, ["conv1", "bn1"])]
@@ -268,7 +278,7 @@ def main() -> None:
             result[f"{name} {way}"] = {"refused": str(error)}
     if world.is_main:
         out.write_text(json.dumps(result, indent=1))
-    comm.shutdown()
+    shutdown_world()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import hashlib
 import sys
 from pathlib import Path
 
-from dist_trainer.distributed import collectives as comm
+from dist_trainer.distributed.world import init_world, shutdown_world
 from dist_trainer.errors import UserError
 from dist_trainer.models import ModelConfig, build_model
 from dist_trainer.models.pretrained import load_pretrained
@@ -12,7 +12,7 @@ from dist_trainer.storage.storage import Storage
 
 if __name__ == "__main__":
     source, folder = sys.argv[1], Path(sys.argv[2])
-    world = comm.init()
+    world = init_world()
     config = ModelConfig(name="small_resnet", pretrained=source)
     model = build_model(config, 7, seed=world.rank)
     load_pretrained(config, Storage(), model, world)
@@ -22,4 +22,4 @@ if __name__ == "__main__":
         load_pretrained(ModelConfig(name="small_resnet", pretrained=f"{source}.no"), Storage(), model, world)
     except UserError as error:
         (folder / f"{world.rank}.error").write_text(str(error))
-    comm.shutdown()
+    shutdown_world()

@@ -1,4 +1,4 @@
-"""Parts that tests name in configs as tiny:Name."""
+"""Blueprint that tests name in configs as tiny:Name."""
 
 import os
 import random

@@ -42,8 +42,8 @@ def _parsed(line: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-class Health:
-    """What one run has met. All ranks hold the same state, since all `learn` the same lists at the same steps."""
+class BadSampleLog:
+    """What one run has met. All ranks hold the same state, since all `add` the same lists at the same steps."""
 
     def __init__(self, index: ShardIndex, max_bad: int | str, split: str) -> None:
         self.limit = budget(max_bad, len(index))
@@ -63,7 +63,7 @@ class Health:
         """Different bad samples met so far."""
         return len(self._known)
 
-    def learn(self, samples: Iterable[BadSample]) -> list[BadSample]:
+    def add(self, samples: Iterable[BadSample]) -> list[BadSample]:
         """Take in what the ranks met; returns what is new, in the order of sample numbers."""
         found = {bad.sample: bad for bad in samples if bad.sample not in self._known}
         new = [found[sample] for sample in sorted(found)]
@@ -120,7 +120,7 @@ class Health:
         return [asdict(bad) for bad in self._known.values()]
 
     def load(self, state: Iterable[dict[str, Any]]) -> None:
-        self.learn(BadSample(**bad) for bad in state)
+        self.add(BadSample(**bad) for bad in state)
 
     def forget(self, is_mended: Callable[[BadSample], bool]) -> None:
         """Leave out what has been mended since."""

@@ -1,13 +1,16 @@
-"""Whole optimizer state in and out of a ZeRO engine, by parameter name: every private attribute of DeepSpeed we touch.
+"""The one door to DeepSpeed: its engine, and every private attribute of it that is used here.
 
-Together with deepspeed_engine.py the only file that imports deepspeed; pinned to 0.19 in pyproject.toml and guarded by
-tests/test_worlds.py, which fails loudly when one of these attributes changes its meaning.
+pyproject.toml pins the 0.19 series. tests/laws/test_worlds.py fails when one of these attributes changes its meaning.
+Most of this is full optimizer state by parameter name, in and out of a ZeRO engine.
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
+import deepspeed
+import deepspeed.ops
 import torch
 from deepspeed.utils import (
     safe_get_full_optimizer_state,
@@ -17,17 +20,24 @@ from deepspeed.utils import (
 from torch import nn
 
 from dist_trainer.engine.optimizer_state import check_names, decode, encode
+from dist_trainer.tensors import State
 
-State = dict[str, torch.Tensor]
+
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device) -> Any:
+    """DeepSpeed's engine around `model`, which stands on its device, in the process group that exists."""
+    if device.type == "cpu":
+        no_inference_kernels()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.init_distributed(dist_init_required=False)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
 
 
 def no_inference_kernels() -> None:
     """Keep DeepSpeed from building its shared-memory C++ extension (44 s, needs a compiler), which only inference uses.
 
-    No environment variable turns it off; this table is what decides. For the CPU alone: on CUDA it rules other kernels.
+    No environment variable turns it off; this table decides. For the CPU alone: on CUDA it rules other kernels.
     """
-    import deepspeed.ops
-
     deepspeed.ops.__dict__["__compatible_ops__"] = {"deepspeed_shm_comm": False}
 
 

@@ -1,0 +1,83 @@
+"""A run folder becomes this run's: from the start, with the weights to begin with, or where its checkpoints stand."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dist_trainer.config.tree import TrainConfig
+from dist_trainer.distributed.collectives import on_main
+from dist_trainer.distributed.world import World
+from dist_trainer.errors import UserError
+from dist_trainer.log.console import Terminal
+from dist_trainer.models.pretrained import LoadReport, load_pretrained
+from dist_trainer.run_folder import checkpoint
+from dist_trainer.run_folder.folder import RunFolder
+from dist_trainer.storage.storage import Storage
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A run folder that this process owns, unless the run in it `is_complete`."""
+
+    folder: RunFolder
+    is_complete: bool
+    checkpoint: Path | None
+    """The checkpoint to resume from; None at the start."""
+
+
+def claim_or_initialise(
+    config: TrainConfig,
+    *,
+    model: nn.Module,
+    folder: RunFolder,
+    identity_keys: dict[str, Any],
+    world: World,
+    terminal: Terminal,
+) -> Claim:
+    """`claim_folder`; a run that starts anew starts with the configured weights, if any (collective)."""
+    has_checkpoints = on_main(world, lambda: bool(checkpoint.complete(folder.checkpoints)))
+    report = None if has_checkpoints else load_initial_weights(config, model, world)  # mistakes show before the claim
+    claim = claim_folder(config, folder=folder, identity_keys=identity_keys, world=world, terminal=terminal)
+    if has_checkpoints and not claim.is_complete and claim.checkpoint is None:  # they turned out damaged
+        report = load_initial_weights(config, model, world)
+    if report is not None:
+        for line in report.lines():
+            terminal.say(line)
+        on_main(world, lambda: folder.write_pretrained(asdict(report)))
+    return claim
+
+
+def load_initial_weights(config: TrainConfig, model: nn.Module, world: World) -> LoadReport | None:
+    """Load what model.pretrained names, if anything, into the model (collective)."""
+    if not config.model.pretrained:
+        return None
+    return load_pretrained(config.model, Storage(config.data.storage_options, config.data.retry), model, world)
+
+
+def claim_folder(
+    config: TrainConfig, *, folder: RunFolder, identity_keys: dict[str, Any], world: World, terminal: Terminal
+) -> Claim:
+    """Become the folder's owner and find what to resume (collective)."""
+
+    def claim() -> dict[str, Any]:
+        if config.checkpoint.keep_last < 1:
+            raise UserError(f"checkpoint.keep_last: {config.checkpoint.keep_last}; keep at least 1 to resume from")
+        folder.claim()
+        for note in folder.write_config(config.as_dict(), identity_keys, config.run.allow_change):
+            terminal.say(note)
+        summary = folder.read_summary()
+        if summary is not None and summary["state"] == "done":
+            folder.release()
+            return {"is_complete": True, "checkpoint": None}
+        folder.write_environment(world.size)
+        folder.write_state("running")
+        found, notes = checkpoint.newest(folder.checkpoints)
+        for note in notes:
+            terminal.say(note)
+        terminal.say(f"run folder {folder.path}" + (f", resuming from {found.name}" if found else ""))
+        return {"is_complete": False, "checkpoint": str(found) if found else None}
+
+    found = on_main(world, claim)
+    return Claim(folder, found["is_complete"], Path(found["checkpoint"]) if found["checkpoint"] else None)

@@ -1,0 +1,83 @@
+"""The end of a run: summary.json, STATE, and the table that a person reads."""
+
+import time
+from typing import Any, Literal
+
+from dist_trainer.distributed.collectives import on_main
+from dist_trainer.log.tracker import SCORES
+from dist_trainer.run.advice import keys_to_turn
+from dist_trainer.run.state import Run
+from dist_trainer.run_folder.environment import git_revision
+from dist_trainer.tricks.diagnosis import diagnose
+
+
+def finish_run(run: Run, stopped_by: str | None) -> dict[str, Any]:
+    """Write summary.json and STATE, close what was opened, and return the summary (collective).
+
+    `stopped_by` is why the run ends before its last step: the name of a signal, or what went wrong.
+    """
+    record, progress = run.record, run.progress
+    seconds = time.perf_counter() - record.started
+    state: Literal["stopped", "done"] = "stopped" if stopped_by else "done"
+    summary: dict[str, Any] = {
+        "state": state,
+        "stopped_by": stopped_by,
+        "steps": progress.step,
+        "epochs": run.plan.epoch(progress.step),
+        "skipped": progress.skipped,
+        "final": progress.last,
+        "best": progress.best,
+        "diagnosis": _diagnosis(run),
+        "seconds": {"all": seconds, **record.seconds, "train": seconds - sum(record.seconds.values())},
+        "world": run.world.size,
+        "git": git_revision() if run.world.is_main else None,
+    }
+
+    def close() -> None:
+        record.tracker.close(summary)
+        record.folder.write_summary(summary)
+        record.folder.write_state(state)
+        record.folder.release()
+
+    on_main(run.world, close)
+    run.learner.engine.close()
+    return summary
+
+
+def _diagnosis(run: Run) -> dict[str, Any] | None:
+    """Of the last evaluation, where training samples were scored and were enough to tell."""
+    progress, streams = run.progress, run.streams
+    if streams.train_eval is None or not progress.train_eval:
+        return None
+    train, val = progress.train_eval["top1"], progress.last["model"]["top1"]
+    verdict = diagnose(train, val, streams.train_eval.num_samples, streams.val.num_samples)
+    if verdict is None:
+        return None
+    return {"verdict": verdict, "train_top1": train, "val_top1": val, "turn": keys_to_turn(run.config, verdict)}
+
+
+def _accuracy(values: dict[str, float]) -> str:
+    return f"top-1 {values['top1']:.2%}  top-5 {values['top5']:.2%}  loss {values['loss']:.4f}"
+
+
+def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
+    """The summary as a person reads it."""
+    rows = {}
+    for name, values in summary["final"].items():
+        rows[SCORES[name][1]] = _accuracy(values)
+    if best := summary["best"]:
+        if "average" in summary["final"] and not best["weights"].startswith("average"):
+            rows["average"] = "does not help here"
+        rows["best"] = f"{_accuracy(best)} at step {best['step']} ({SCORES[best['weights']][1]})"
+    if found := summary.get("diagnosis"):
+        seen = f"{found['train_top1']:.2%} on training samples, {found['val_top1']:.2%} in validation"
+        rows["diagnosis"] = f"{found['verdict']}: top-1 {seen}"
+        if found["turn"]:
+            rows["keys to turn"] = "\n".join(found["turn"])
+    seconds = summary["seconds"]
+    rows["steps"] = f"{summary['steps']} ({summary['epochs']:g} epochs, {summary['skipped']} skipped)"
+    rows["time"] = (
+        f"training {seconds['train']:.1f} s, evaluation {seconds['eval']:.1f} s, saving {seconds['save']:.1f} s"
+        f" on {summary['world']} rank{'s' if summary['world'] > 1 else ''}"
+    )
+    return rows

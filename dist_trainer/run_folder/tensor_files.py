@@ -1,0 +1,40 @@
+"""Tensors in safetensors files, and the digests of files. No pickle is ever read."""
+
+import hashlib
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dist_trainer.errors import UserError
+from dist_trainer.storage.atomic import replacing
+from dist_trainer.tensors import State
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def on_host(state: State) -> State:
+    """Contiguous copies on the host: safetensors takes neither channels_last nor views of one storage."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+
+
+def save_tensors(tensors: State, path: Path, *, durable: bool = False) -> None:
+    """Write a safetensors file, whole or not at all. Raises OSError when the storage refuses."""
+    with replacing(path, durable=durable) as temporary:
+        try:
+            save_file(on_host(tensors), temporary)
+        except SafetensorError as error:  # an OSError in disguise
+            raise OSError(str(error)) from None
+
+
+def read_tensors(path: Path) -> State:
+    """All tensors of a safetensors file, on the host. Raises UserError for a file that is none."""
+    try:
+        tensors: State = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file ({error})") from None
+    return tensors

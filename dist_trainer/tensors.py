@@ -1,0 +1,34 @@
+"""Tensors by name: what engines, averages and checkpoints hand to each other."""
+
+from collections.abc import Mapping
+
+import torch
+
+from dist_trainer.errors import some
+
+State = dict[str, torch.Tensor]
+"""Weights, buffers or optimizer state by name, such as {"conv1.weight": float32 [64, 3, 7, 7]}."""
+
+
+def not_finite(state: State) -> str | None:
+    """The name of the first tensor with a NaN or an infinity, or None."""
+    return next((name for name, value in state.items() if not value.isfinite().all()), None)
+
+
+def kind(value: torch.Tensor) -> str:
+    """Type and shape, such as `float32 (64, 3, 7, 7)`."""
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+
+
+def misfits(found: Mapping[str, str], expected: Mapping[str, str]) -> str:
+    """How `found` differs from `expected` (name -> shape, or type and shape), in part of a line; "" where it does not.
+
+    For example `missing: fc.bias; different: fc.weight (10, 64) for (1000, 64)`.
+    """
+    both = sorted(expected.keys() & found.keys())
+    differences = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "different": [f"{name} {found[name]} for {expected[name]}" for name in both if found[name] != expected[name]],
+    }
+    return "; ".join(f"{what}: {some(names)}" for what, names in differences.items() if names)
