@@ -6,13 +6,20 @@ import numpy as np
 import pytest
 from helpers import index_of, members_of, sample_members, write_tar
 from nodes import COUNTS, Node
-from running import FASHION
+from running import FASHION, POOLS
 
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.storage import retry
 
 if TYPE_CHECKING:
     from s3_server import S3Server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _end_of_ranks() -> Iterator[None]:
+    yield
+    for pool in POOLS.values():
+        pool.close()
 
 
 @pytest.fixture(scope="session")

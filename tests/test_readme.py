@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from running import ROOT
 
 from dist_trainer.commands.main import dispatch
 
 
 def test_the_readmes_imagenet_config_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """1,281,167 images, 256 a step, 90 epochs. Mutation: misspell a key in the README."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     config, tuning, averages = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
     file = tmp_path / "my.yaml"
     file.write_text(config + averages)

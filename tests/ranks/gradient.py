@@ -1,10 +1,10 @@
 """The gradient that each engine has reduced before an update, against plain autograd over the whole global batch.
 
-torchrun gradient.py OUT.json ARGV...: writes {"backend step": largest difference, relative to the largest gradient}.
+`main(world, [OUT.json, ARGV...])`, called by pool.py, writes {"backend step": largest difference, relative to the
+largest gradient}.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from dist_trainer.config import arguments
 from dist_trainer.data.batch import Batch, SlotAddress
 from dist_trainer.distributed.processes import StopRequest
-from dist_trainer.distributed.world import init_world, shutdown_world
-from dist_trainer.engine.base import State
+from dist_trainer.distributed.world import World
 from dist_trainer.log.console import Terminal
 from dist_trainer.run.start import build_run, prepare_run
 from dist_trainer.run.state import Run
 from dist_trainer.run.summary import finish_run
+from dist_trainer.tensors import State
 
 TAIL = 234  # 60,000 = 234 * 256 + 96: of four micro-batches of 64, one whole, one half masked, two masked
 
@@ -44,9 +44,8 @@ def loss_by_hand(run: Run, weights: State, batch: Batch) -> torch.Tensor:
     return (mix.share * batch.weight * own + (1 - mix.share) * batch.weight[partner] * other).sum()
 
 
-def main() -> None:
-    out, argv = Path(sys.argv[1]), sys.argv[2:]
-    world = init_world()
+def main(world: World, argv: list[str]) -> None:
+    out, argv = Path(argv[0]), argv[1:]
     result: dict[str, Any] = {}
     mixing = ["--mixing.mixup=1", "--mixing.cutmix=1"]
     for title, more in {"torch": [], "deepspeed": [], "torch mixed": mixing}.items():
@@ -79,8 +78,3 @@ def main() -> None:
         finish_run(run, "test")
     if world.is_main:
         out.write_text(json.dumps(result))
-    shutdown_world()
-
-
-if __name__ == "__main__":
-    main()

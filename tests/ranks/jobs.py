@@ -1,4 +1,4 @@
-"""Runs several trainings in one start of the ranks: torchrun jobs.py JOBS.json FOLDER.
+"""Runs several trainings, one after another: `main(world, [JOBS.json, FOLDER])`, called by pool.py.
 
 A job is {"name", "argv"} and may have: "stop_at" and "stop_rank" (that rank asks to stop when this step begins),
 "kill_at" (the last rank is killed when this step begins), "record" (write what stands in every slot that this rank
@@ -11,9 +11,7 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -28,7 +26,7 @@ from dist_trainer.config import arguments
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.distributed.collectives import on_main
 from dist_trainer.distributed.processes import StopRequest
-from dist_trainer.distributed.world import World, init_world, shutdown_world
+from dist_trainer.distributed.world import World
 from dist_trainer.errors import UserError
 from dist_trainer.log.console import Terminal
 from dist_trainer.run.evaluation import evaluate_weights
@@ -140,9 +138,8 @@ def start_run(config: TrainConfig, stop: StopRequest, world: World) -> Run:
     return build_run(prepared, config=config, world=world, terminal=terminal, stop=stop)
 
 
-def main() -> None:
-    jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    world = init_world()
+def main(world: World, argv: list[str]) -> None:
+    jobs, folder = json.loads(Path(argv[0]).read_text()), Path(argv[1])
     for job in jobs:
         parser = arguments.new_parser("train", "")
         config, _ = arguments.parse_config(parser, [*job["argv"], f"--run.dir={folder}", f"--run.name={job['name']}"])
@@ -164,15 +161,3 @@ def main() -> None:
             if not job.get("fails"):
                 raise
             (folder / f"{job['name']}-rank{world.rank}.txt").write_text(str(error))
-    shutdown_world()
-
-
-if __name__ == "__main__":
-    status = 0
-    try:
-        main()
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    os._exit(status)  # as the command line does: loaders of earlier jobs are not waited for

@@ -1,15 +1,11 @@
-"""Each optimizer in each engine on the same batches: torchrun --nproc-per-node=2 optimizers.py OUT.json.
+"""Each optimizer in each engine on the same batches: `main(world, [OUT.json])`, called by pool.py.
 
 Writes how far each way's end is from that of the torch engine, relative to the largest value of each tensor: `peer` is
 a plain loop over the library's class with hand-written groups, zero0 to zero3 are DeepSpeed's stages, and `chain` goes
 on from stage to stage after every step, through files.
 """
 
-import gc
 import json
-import os
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,13 +18,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dist_trainer.data.batch import Batch, SlotAddress
-from dist_trainer.distributed.world import World, init_world, shutdown_world
+from dist_trainer.distributed.world import World
 from dist_trainer.engine.base import Engine, EngineConfig
 from dist_trainer.engine.build import build_engine
 from dist_trainer.engine.inference import Preprocess
 from dist_trainer.errors import UserError
 from dist_trainer.plan import BatchConfig, Duration, make_plan
 from dist_trainer.run_folder import checkpoint
+from dist_trainer.run_folder.tensor_files import save_tensors
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema, EmaConfig
 from dist_trainer.tricks.freezing import freeze
@@ -176,7 +173,7 @@ class Case:
             if self.world.is_main:
                 for kind in ("model", "optim"):
                     saved = {k.partition("/")[2]: v for k, v in state.items() if k.startswith(f"{kind}/")}
-                    checkpoint.save_tensors(saved, folder / f"{kind}.safetensors")
+                    save_tensors(saved, folder / f"{kind}.safetensors")
             dist.barrier()
             engine.close()
             model = build_net(self.frozen)
@@ -255,10 +252,8 @@ def run(world: World, name: str, layer_decay: float, frozen: list[str], folder: 
     }
 
 
-def main() -> None:
-    out = Path(sys.argv[1])
-    world = init_world()
-    gc.freeze()  # ZeRO 3 collects garbage whenever it begins; what was imported need not be looked at
+def main(world: World, argv: list[str]) -> None:
+    out = Path(argv[0])
     cases: list[tuple[str, float, list[str]]] = [(name, 1.0, []) for name in (*ELEMENT_WISE, *LAYER_WISE)]
     cases += [("sgd", 0.7, []), ("lamb", 0.7, []), ("adamw", 1.0, ["conv1", "bn1"])]
     result: dict[str, dict[str, Any]] = {}
@@ -278,15 +273,3 @@ def main() -> None:
             result[f"{name} {way}"] = {"refused": str(error)}
     if world.is_main:
         out.write_text(json.dumps(result, indent=1))
-    shutdown_world()
-
-
-if __name__ == "__main__":
-    status = 0
-    try:
-        main()
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    os._exit(status)

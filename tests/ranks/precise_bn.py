@@ -1,12 +1,9 @@
-"""PreciseBN on worlds of 1 to 4 ranks, one after another: torchrun --nproc-per-node=4 precise_bn.py FOLDER.
+"""PreciseBN: `main(world, [FOLDER])`, called by pool.py.
 
 Rank r of world w writes FOLDER/w-r.pt: per case (the statistics re-estimated, float64 inputs of each layer in the
 forwards that counted, dtypes of what was gathered); the test pools the inputs by itself.
 """
 
-import os
-import sys
-import traceback
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_trainer.distributed.world import World
 from dist_trainer.tricks.precise_bn import re_estimate
 
 SIZES = [4, 7, 5, 6, 3]  # images of each micro-batch
@@ -78,22 +76,10 @@ def run(build: Any, num_slots: int) -> tuple[dict[str, torch.Tensor], dict[str, 
     return state, {name: inputs[: len(slots[rank::size])] for name, inputs in seen.items()}, [*gathered]
 
 
-def main() -> None:
-    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+def main(world: World, argv: list[str]) -> None:
     dist.all_gather = watched_all_gather
-    for size in range(rank + 1, 5):
-        dist.init_process_group("gloo", init_method=f"file://{folder}/world-{size}", rank=rank, world_size=size)
-        torch.save({case: run(*what) for case, what in CASES.items()}, folder / f"{size}-{rank}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    status = 0
     try:
-        main()
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    os._exit(status)
+        results = {case: run(*what) for case, what in CASES.items()}
+    finally:
+        dist.all_gather = _all_gather
+    torch.save(results, Path(argv[0]) / f"{world.size}-{world.rank}.pt")

@@ -1,0 +1,317 @@
+"""The command line, in this process: what is refused and how, what overrides what, and the figures of a plan."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import refused
+from running import ROOT, TINY, Session
+
+from dist_trainer.commands.main import dispatch
+
+FASHION = ROOT / "configs" / "fashion_mnist.yaml"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """The smallest config there is."""
+    path = tmp_path / "small.yaml"
+    path.write_text("data: {train: t, val: v}\nlr: {base: 0.1}\n")
+    return path
+
+
+def printed(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
+    """The whole config that --print_config shows."""
+    with pytest.raises(SystemExit) as caught:
+        dispatch([*(str(arg) for arg in argv), "--print_config"])
+    assert not caught.value.code
+    values: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+    return values
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "nearest"),
+    [
+        ("btch: {global_batch: 64}", "btch", "batch"),
+        ("batch: {globl_batch: 64}", "batch.globl_batch", "batch.global_batch"),
+        ("lr: {base: 0.1, schedule: {nmae: cosine}}", "lr.schedule.nmae", "lr.schedule.name"),
+        ("optimizer: {agrs: {}}", "optimizer.agrs", "optimizer.args"),
+        ("augment: {crop: {sze: 3}}", "augment.crop.sze", "augment.crop.size"),
+    ],
+)
+def test_a_misspelt_key_in_a_file_is_refused_with_the_nearest(config: Path, text: str, key: str, nearest: str) -> None:
+    """The whole path of the key, and the key that was meant. Fails when only the leaf is named, or any is let by."""
+    config.write_text(f"data: {{train: t, val: v}}\n{text}\n")
+    line = refused("plan", config, "--samples", 1000)
+    assert line.startswith(key)
+    assert "did you mean" in line
+    assert nearest in line.partition("did you mean")[2]
+
+
+def test_a_misspelt_key_inside_a_list_is_refused_by_the_name_of_the_list(config: Path) -> None:
+    """Fails when it is held against the keys of the whole config: `nmae` is not run.name."""
+    config.write_text("data: {train: t, val: v}\naugment: {transforms: [{nmae: RandomRotation}]}\n")
+    line = refused("plan", config, "--samples", 1000)
+    assert line.startswith("augment.transforms")
+    assert "nmae" in line
+    assert "run.name" not in line
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "nearest"),
+    [
+        ("--btch.global_batch=64", "btch.global_batch", "batch.global_batch"),
+        ("--batch.globl_batch=64", "batch.globl_batch", "batch.global_batch"),
+        ("--engine.precison=fp32", "engine.precison", "engine.precision"),
+        ("--augment.crop.sze=32", "augment.crop.sze", "augment.crop.size"),
+    ],
+)
+def test_a_misspelt_key_on_the_command_line_is_refused_with_the_nearest(
+    config: Path, argument: str, key: str, nearest: str
+) -> None:
+    """Fails when what argparse does not know is passed on."""
+    line = refused("plan", config, "--samples", 1000, argument)
+    assert key in line.partition(":")[0]
+    assert f"did you mean '{nearest}'?" in line
+
+
+@pytest.mark.parametrize("argument", ["--batch.global=64", "--dur=1ep", "--sample=1000"])
+def test_abbreviated_keys_are_not_accepted(config: Path, argument: str) -> None:
+    """A key that is added later must not change what a script means. Fails when argparse may complete prefixes."""
+    assert "no such key" in refused("plan", config, argument)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("batch.global_batch", "many", "int"),
+        ("optimizer.weight_decay", "abc", "float"),
+        ("engine.precision", "fp8", "'bf16', 'fp32'"),
+        ("data.order", "random", "'auto', 'window', 'full', 'balanced', 'none'"),
+        ("data.workers", "few", "'auto'"),
+        ("batch", "7", "global_batch"),
+    ],
+)
+def test_a_wrong_type_or_choice_is_refused_with_key_value_and_what_is_allowed(
+    config: Path, key: str, value: str, said: str
+) -> None:
+    """The same on the command line and in a file. Fails when a Python type or a traceback is printed instead."""
+    nested: Any = yaml.safe_load(value)
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    file = config.with_name("wrong.yaml")
+    file.write_text(yaml.safe_dump(nested))
+    for line in (
+        refused("plan", config, "--samples", 1000, f"--{key}", value),
+        refused("plan", "--config", config, "--config", file, "--samples", 1000),
+    ):
+        assert line.startswith(f"{key}: ")
+        assert value in line
+        assert said in line
+        assert "<class" not in line
+
+
+def test_a_missing_key_is_named(config: Path) -> None:
+    """Fails when the message names the first of several with its comma, or none."""
+    config.write_text("data: {train: t}\n")
+    assert refused("plan", config).startswith("data.val: ")
+    config.write_text("duration: 3ep\n")
+    assert refused("plan", config).startswith("data.train: ")
+    assert refused("plan").startswith("data.train: ")
+
+
+def test_a_file_that_is_missing_or_no_config_is_named(config: Path, tmp_path: Path) -> None:
+    """Fails when the parser's own wording, without the file's name, gets through."""
+    missing = tmp_path / "missing.yaml"
+    assert refused("train", missing).startswith(f"{missing}: ")
+    assert str(missing) in refused("plan", config, "--config", missing)
+    for text in ("data: {train: [\n", "- 1\n", "", "1: 2\n"):
+        config.write_text(text)
+        assert str(config) in refused("plan", config)
+
+
+def test_an_unknown_command_is_refused_with_the_nearest() -> None:
+    """Fails when a KeyError gets through."""
+    line = refused("trian", "x.yaml")
+    assert "'trian'" in line
+    assert "did you mean 'train'?" in line
+
+
+def test_batches_and_rates_that_cannot_be_are_refused_by_plan_as_by_train(config: Path) -> None:
+    """Fails when `plan` prints figures that `train` would refuse."""
+    assert refused("plan", config, "--samples", 1000, "--gpus", 9).startswith("9 ranks")
+    assert refused("plan", config, "--samples", 1000, "--batch.micro_batch", 33).startswith("batch.micro_batch: 33")
+    assert refused("plan", config, "--samples", 1000, "--lr.peak", 0.1).startswith("lr: ")
+    for key in ("eval.every", "checkpoint.every", "log.every"):
+        assert refused("plan", config, "--samples", 1000, f"--{key}", "often").startswith(f"{key}: 'often'")
+
+
+def test_the_process_ends_with_two_and_one_line(tmp_path: Path) -> None:
+    """`python -m dist_trainer train missing.yaml`: nothing on stdout, no traceback. Fails when the error is raised."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_trainer", "train", "missing.yaml"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("dist-trainer: missing.yaml: ")
+    assert done.stderr.count("\n") == 1
+
+
+# What overrides what
+
+
+def test_arguments_beat_files_and_later_files_beat_earlier_ones(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Key by key: what a later file leaves out stays. Fails when a file replaces a whole group or beats an argument."""
+    second = config.with_name("second.yaml")
+    second.write_text("batch: {global_batch: 512}\nlr: {base: 0.3}\nduration: 5ep\n")
+    config.write_text("data: {train: t, val: v}\nbatch: {global_batch: 128, micro_batch: 16}\nlr: {base: 0.2}\n")
+    values = printed(capsys, "train", "--config", config, "--config", second, "--duration", "7ep")
+    assert values["batch"] == {"global_batch": 512, "micro_batch": 16}
+    assert (values["lr"]["base"], values["duration"]) == (0.3, "7ep")
+    values = printed(capsys, "train", config, "--config", second, "--batch.micro_batch=8")
+    assert values["batch"] == {"global_batch": 512, "micro_batch": 8}
+    values = printed(capsys, "train", "--config", second, "--config", config)
+    assert values["batch"] == {"global_batch": 128, "micro_batch": 16}
+    assert values["duration"] == "5ep"
+
+
+def test_a_printed_config_is_the_same_config(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With nested lists, optional groups and free arguments. Fails when a key is lost or null cannot be read back."""
+    arguments = [
+        "--model.args", '{"widths": [8, 16], "depths": [1, 2]}', "--augment.crop.size", "32", "--eval.every", "null",
+        "--augment.transforms", '[{"name": "RandomRotation", "args": {"degrees": 30}}]', "--lr.warmup.start", "base",
+    ]  # fmt: skip
+    values = printed(capsys, "train", config, *arguments)
+    assert values["model"]["args"] == {"widths": [8, 16], "depths": [1, 2]}
+    assert values["augment"]["crop"]["size"] == 32
+    assert values["augment"]["transforms"] == [{"name": "RandomRotation", "args": {"degrees": 30}}]
+    assert values["eval"]["every"] is None
+    again = config.with_name("again.yaml")
+    again.write_text(yaml.safe_dump(values))
+    assert printed(capsys, "train", again) == values
+    assert printed(capsys, "train", FASHION)["model"]["args"] == yaml.safe_load(FASHION.read_text())["model"]["args"]
+
+
+# plan, ls, cp
+
+
+def figures(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
+    assert dispatch(["plan", *(str(arg) for arg in argv), "--json"]) == 0
+    values: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return values
+
+
+def test_the_figures_of_the_fashion_mnist_plan_are_those_worked_out_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    """60,000 / 256 = 234 steps and 96 samples; 8 epochs of 235; one epoch of warm-up to 0.4; half a cosine of 1,645.
+
+    Fails when any of these is rounded another way, or the last rate is that after the last update.
+    """
+    hand = {
+        "world": 1,
+        "parameters": 277_674 + 990 * 97,  # counted for 10 classes; without data there are 1,000
+        "trained": 277_674 + 990 * 97,
+        "decayed": 277_674 + 990 * 97 - 2 * 480 - 1000,  # without scale and shift of 480 channels, and the biases
+        "lr_scale_least": 1.0,
+        "global_batch": 256,
+        "micro_batch": 128,
+        "micro_batches_per_step": 2,
+        "forwards_per_rank": 2,
+        "efficiency": 1.0,
+        "legal_worlds": "1 to 2",
+        "full_worlds": [1, 2],
+        "num_samples": 60_000,
+        "steps_per_epoch": 235,
+        "samples_in_last_step": 96,
+        "total_steps": 1880,
+        "warmup_steps": 235,
+        "lr_first": 0.0,
+        "lr_peak": 0.4,
+        "lr_last": pytest.approx(0.4 * (3.14159265 / 1645) ** 2 / 4, rel=1e-5),  # 1 - cos x = x^2 / 2 for small x
+        "warnings": [],
+    }
+    assert figures(capsys, FASHION, "--samples", 60_000, "--gpus", 1) == hand
+    two = figures(capsys, FASHION, "--samples", 60_000, "--gpus", 2)
+    assert two == {**hand, "world": 2, "forwards_per_rank": 1}
+    tuned = figures(
+        capsys, FASHION, "--samples", 60_000, "--gpus", 1, "--model.freeze=[stem]", "--optimizer.layer_decay=0.5"
+    )
+    assert tuned["trained"] == hand["trained"] - 9 * 32
+    assert tuned["decayed"] == hand["decayed"] - 9 * 32
+    assert tuned["lr_scale_least"] == 0.5**3  # above the stem lie three blocks and the head
+    assert len(tuned["warnings"]) == 2  # nothing pretrained
+
+
+def test_ranks_that_do_not_divide_the_micro_batches_cost_efficiency_and_a_warning(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """8 micro-batches on 5 ranks take 2 x 5 forwards. Fails when more ranks are advised than are there."""
+    arguments = [config, "--samples", 1000, "--gpus", 5]
+    assert figures(capsys, *arguments)["efficiency"] == 0.8
+    assert dispatch(["plan", *map(str, arguments)]) == 0
+    warning = capsys.readouterr().out.partition("warning: ")[2]
+    assert "4 ranks divide them" in " ".join(warning.split())
+    assert dispatch(["plan", *map(str, arguments), "--show", "total_steps"]) == 0
+    assert capsys.readouterr().out == f"{4 * 90}\n"
+
+
+def test_shipped_files_are_listed_and_copied_but_overwrite_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails when cp replaces a file, or ls forgets a config."""
+    assert dispatch(["ls"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert {path.relative_to(FASHION.parent).with_suffix("").as_posix() for path in FASHION.parent.rglob("*.yaml")} <= {
+        *listed
+    }
+    target = tmp_path / "mine.yaml"
+    assert dispatch(["cp", "fashion_mnist", str(target)]) == 0
+    assert target.read_bytes() == FASHION.read_bytes()
+    target.write_text("changed")
+    assert refused("cp", "fashion_mnist", target).startswith(f"{target}: exists")
+    assert target.read_text() == "changed"
+    assert dispatch(["cp", "fashion_mnist.yaml", str(tmp_path)]) == 0
+    assert (tmp_path / "fashion_mnist.yaml").read_bytes() == FASHION.read_bytes()
+    assert "did you mean 'fashion_mnist'?" in refused("cp", "fashion_mnits", tmp_path / "x")
+    assert refused("cp", "fashion_mnist", tmp_path / "no" / "folder").startswith(str(tmp_path / "no" / "folder"))
+
+
+def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    """The string under each field is its help. Fails when a field has none, or the parser no longer reads them."""
+    with pytest.raises(SystemExit):
+        dispatch(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.partition("A whole run:")[2].split())
+    keys = set(re.findall(r"--([a-z_]+\.[a-z_.]+) ", text)) - set(re.findall(r"--(\S+\.help)", text))
+    assert {"batch.micro_batch", "engine.zero", "lr.warmup.start"} < keys
+    for key in keys:
+        entry = re.search(rf"--{re.escape(key)} \S+(?:, --\S+ \S+)? (.*?)\((?:required, )?type:", text)
+        assert entry, f"--{key} has no help"
+        assert len(entry[1].split()) >= 2, f"--{key} has no help"
+
+
+def test_one_process_needs_no_launcher(fashion: list[str], tmp_path: Path) -> None:
+    """Fails when DeepSpeed misses a variable that torchrun would have set."""
+    argv = [
+        sys.executable,
+        "-m",
+        "dist_trainer",
+        "train",
+        *TINY,
+        *fashion,
+        "--duration=2step",
+        "--lr.warmup.duration=0step",
+    ]
+    session = Session([*argv, f"--run.dir={tmp_path}", "--run.name=alone"], tmp_path / "log")
+    assert session.wait() == 0, session.log.read_text()
+    assert (tmp_path / "alone" / "STATE").read_text() == "done\n"
