@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torchvision
-from machine import Figures, figure, interleaved, machine, parser, save, table
+from machine import SMOKE, Figures, figure, interleaved, machine, parser, save, table
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -36,16 +36,30 @@ from dist_trainer.tricks.precise_bn import re_estimate
 DECAY = 0.9999
 
 
+def network() -> nn.Module:
+    return torchvision.models.resnet18() if SMOKE else torchvision.models.resnet50()  # type: ignore[no-any-return]
+
+
 def engine_of(world: World, zero: int) -> Any:
     torch.manual_seed(0)
-    model = torchvision.models.resnet50()
+    model = network()
     batch = BatchConfig(global_batch=4 * world.size, micro_batch=4)
     plan = make_plan(batch, Duration.parse("9step", "duration"), world=world.size, num_samples=1000)
     preprocess = Preprocess(mean=[0.5] * 3, std=[0.5] * 3, channels_last=False)
     config = EngineConfig(backend="deepspeed" if zero else "torch", zero=zero, precision="fp32")  # type: ignore[arg-type]
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     mixing = Mixing(MixingConfig(), plan, 0)
-    return build_engine(config, model, optimizer, build_loss(LossConfig()), mixing, plan, world, preprocess, 0)
+    return build_engine(
+        config,
+        model=model,
+        optimizer=optimizer,
+        loss=build_loss(LossConfig()),
+        mixing=mixing,
+        plan=plan,
+        world=world,
+        preprocess=preprocess,
+        seed=0,
+    )
 
 
 def ema_figures(world: World, rounds: int) -> Figures:
@@ -76,7 +90,7 @@ def ema_figures(world: World, rounds: int) -> Figures:
                     pass
                 times.append(time.perf_counter() - start)
             results[f"into the module and back, ZeRO {zero}"] = figure(statistics.median(times))
-            numel = sum(parameter.numel() for parameter in torchvision.models.resnet50().parameters())
+            numel = sum(parameter.numel() for parameter in network().parameters())
             results[f"broadcast by that, ZeRO {zero}"] = figure(0.0 if zero else 4.0 * numel, unit="B")
         engine.close()
     return results
@@ -85,7 +99,7 @@ def ema_figures(world: World, rounds: int) -> Figures:
 def precise_figures(rounds: int) -> Figures:
     """Seconds of one pass over four micro-batches of 8 images of 96 pixels."""
     torch.manual_seed(0)
-    model = torchvision.models.resnet50()
+    model = network()
     batches = [torch.randn(8, 3, 96, 96) for _ in range(4)]
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from machine import Figures, figure, machine, parser, save
+from machine import SMOKE, Figures, figure, machine, parser, save
 
 from dist_trainer.data.bad_samples import BadSampleLog
 from dist_trainer.data.batch import Batch, SlotAddress
@@ -63,6 +63,7 @@ def no_samples() -> ShardIndex:
 def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[int], None]]:
     """Name -> a function that trains that many steps."""
     model_name, args, channels, pixels, size, *_ = MODELS[name]
+    size = 4 if SMOKE else size
     config = ModelConfig(name=model_name, args=args)
     optimizer = OptimizerConfig(args={"momentum": 0.9, "nesterov": True}, weight_decay=5e-4)
     generator = torch.Generator().manual_seed(world.rank)
@@ -149,7 +150,7 @@ def measure(arguments: argparse.Namespace) -> Figures:
     world = init_world()
     results: Figures = {}
     for name, (*_, steps_full, steps_quick) in MODELS.items():
-        count = steps_quick if arguments.quick else steps_full
+        count = 1 if SMOKE else steps_quick if arguments.quick else steps_full
         for precision in ("bf16",) if arguments.quick else ("bf16", "fp32"):
             sides = build_sides(name, precision, world)
             times: dict[str, list[float]] = {side: [] for side in sides}
@@ -170,6 +171,9 @@ def measure(arguments: argparse.Namespace) -> Figures:
             del sides
     if world.is_main:
         print(f"{machine()}, {world.size} ranks")
+    if world.is_main and SMOKE:
+        print(f"ran: {'; '.join(results)}")
+    elif world.is_main:
         print(f"{'':<38}{'ours ms':>9}{'bare DDP ms':>13}{'ratio':>8}")
         for key, r in results.items():
             print(f"{key:<38}{r['ours'] * 1e3:>9.2f}{r['peer'] * 1e3:>13.2f}{r['ratio']:>8.3f}")
@@ -183,7 +187,7 @@ def main() -> None:
     options.add_argument("--ranks", type=int, default=2)
     options.add_argument("--rounds", type=int, default=None)
     arguments = options.parse_args()
-    arguments.rounds = arguments.rounds or (9 if arguments.quick else 11)
+    arguments.rounds = 1 if SMOKE else arguments.rounds or (9 if arguments.quick else 11)
     if "RANK" in os.environ:
         measure(arguments)
         os._exit(0)  # DeepSpeed's engines are not built to be torn down several at a time

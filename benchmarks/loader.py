@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 import peers
 import torch
-from machine import DATA, Figures, figure, interleaved, machine, parser, save, table, timed
+from few import few_fashion
+from machine import DATA, SMOKE, Figures, figure, interleaved, machine, parser, save, table, timed
 from ours import ALONE, OURS, augment_of, photograph_samples, plan_of, train_samples
 from parts import measure_parts
 from photographs import photographs
@@ -47,7 +48,7 @@ IMAGENET, SHARDS = 1_281_167, 1024
 
 def decode_figures(arguments: argparse.Namespace) -> Figures:
     """Images per second of CPU time."""
-    folder, count = photographs(), 2
+    folder, count = photographs(), 1 if SMOKE else 2
     running: dict[str, Iterator[Any]] = {}
     for name, start in [*((f"ours, {name}", side) for name, side in OURS.items()), *peers.PEERS.items()]:
         batches = start(folder, BATCH)
@@ -93,7 +94,7 @@ def imagenet_index(path: Path) -> None:
 
 def resume_figures(arguments: argparse.Namespace) -> Figures:
     """Seconds on the clock to the first batch of 64."""
-    repeats = 3 if arguments.quick else 7
+    repeats = 1 if SMOKE else 3 if arguments.quick else 7
     results: Figures = {}
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / FILE_NAME
@@ -102,7 +103,7 @@ def resume_figures(arguments: argparse.Namespace) -> Figures:
         results["index loaded and verified"] = figure(loading)
         index = ShardIndex.load(path)
         plan = plan_of(IMAGENET, 1024, BATCH)
-        skip, first = _webdataset_rate(5_000 if arguments.quick else 20_000)
+        skip, first = _webdataset_rate(100 if SMOKE else 5_000 if arguments.quick else 20_000)
         for share in (0.01, 0.5, 0.99):
             step = int(plan.steps_per_epoch * share)
             ours = statistics.median(
@@ -138,7 +139,7 @@ def _webdataset_rate(count: int) -> tuple[float, float]:
 
 def epoch_figures(arguments: argparse.Namespace) -> Figures:
     """Seconds on the clock for an epoch of Fashion-MNIST, loader workers' start apart."""
-    index = ShardIndex.load(DATA / "fashion_mnist/train" / FILE_NAME)
+    index = ShardIndex.load((few_fashion() if SMOKE else DATA / "fashion_mnist/train") / FILE_NAME)
     tensors = _in_memory(index)
     results: Figures = {}
     for workers in (0, 1):

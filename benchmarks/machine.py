@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,12 +17,18 @@ Figures = dict[str, dict[str, Any]]
 """name -> {"ours": x, "peer": y, "ratio": r, "unit": "s"}; peer and ratio are null where there is nothing to compare"""
 
 DATA = Path(__file__).parent.parent / "data"
+SMOKE = "--smoke" in sys.argv
+"""Whether this is a test that all sides still run. Known here, so that ranks and loader processes know it too."""
 
 
 def parser(description: str | None, quick: str) -> argparse.ArgumentParser:
     """The arguments that every benchmark has; `quick` says what --quick leaves out."""
     arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--quick", action="store_true", help=f"{quick}: within a minute")
+    # With --smoke everything is as quick as it can be.
+    arguments.add_argument("--quick", action="store_true", default=SMOKE, help=f"{quick}: within a minute")
+    arguments.add_argument(
+        "--smoke", action="store_true", help="run every side once, on little data, and show no figures: do they run?"
+    )
     arguments.add_argument("--json", help="write the figures to this file")
     return arguments
 
@@ -43,12 +50,15 @@ def figure(ours: float, peer: float | None = None, unit: str = "s") -> dict[str,
 
 
 def save(path: str | None, figures: Figures) -> None:
-    if path:
+    if path and not SMOKE:
         Path(path).write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def table(title: str, figures: Figures, peer: str = "peer") -> None:
     """Print `figures`; times in the unit that suits them."""
+    if SMOKE:
+        print(f"{title}: ran: {'; '.join(figures)}", flush=True)
+        return
     width = max([len(name) for name in figures] + [len(title)]) + 2
     print(f"\n{title:<{width}}{'ours':>12}{peer:>16}{'ratio':>8}")
     for name, each in figures.items():
@@ -73,7 +83,7 @@ def interleaved(
     of them; the first round warms up and does not count."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides)
-    for number in range(rounds + 1):
+    for number in range(2 if SMOKE else rounds + 1):
         order.append(order.pop(0))  # nobody always follows the same neighbour
         for name in order:
             start = clock()

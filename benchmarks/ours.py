@@ -12,12 +12,12 @@ from dist_trainer.data.config import DataConfig
 from dist_trainer.data.index import FILE_NAME, ShardIndex
 from dist_trainer.data.order import OrderSpec
 from dist_trainer.data.samples import TrainSamples
-from dist_trainer.distributed.world import World
+from dist_trainer.distributed.world import alone
 from dist_trainer.engine.inference import Inference, Preprocess
 from dist_trainer.plan import BatchConfig, Duration, Plan, make_plan
 
-SIZE = 224
-ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+SIZE, MEAN, STD = 224, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+ALONE = alone()
 
 
 def plan_of(samples: int, batch: int, micro_batch: int, world: int = 1) -> Plan:
@@ -26,15 +26,13 @@ def plan_of(samples: int, batch: int, micro_batch: int, world: int = 1) -> Plan:
 
 
 def augment_of(config: AugmentConfig, plan: Plan) -> Augment:
-    return Augment(config, 0, plan, [0.485, 0.456, 0.406])
+    return Augment(config, 0, plan, MEAN)
 
 
 def train_samples(index: ShardIndex, plan: Plan, augment: AugmentConfig | None = None) -> TrainSamples:
     spec = OrderSpec(seed=0, lanes=plan.samples_per_step // plan.chunk, chunk=plan.chunk)
     augment = augment or AugmentConfig(crop=CropConfig(size=SIZE))
-    return TrainSamples(
-        index, plan, spec, Augment(augment, 0, plan, [0.485, 0.456, 0.406]), DataConfig(train="", val="")
-    )
+    return TrainSamples(index, plan, spec, augment_of(augment, plan), DataConfig(train="", val=""))
 
 
 def photograph_samples(folder: Path, batch: int) -> TrainSamples:
@@ -52,8 +50,7 @@ def uint8(folder: Path, batch: int) -> Iterator[torch.Tensor]:
 
 def float32(folder: Path, batch: int) -> Iterator[torch.Tensor]:
     """Batches normalised here, as training on a CPU does it."""
-    config = DataConfig(train="", val="")
-    preprocess = Preprocess(mean=config.mean, std=config.std, channels_last=True)
+    preprocess = Preprocess(mean=MEAN, std=STD, channels_last=True)
     inference = Inference(nn.Identity(), "fp32", preprocess, ALONE)
     yield from map(inference.logits, uint8(folder, batch))  # of the identity: the prepared images
 

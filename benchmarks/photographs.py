@@ -16,7 +16,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from machine import DATA
+from few import few_photographs
+from machine import DATA, SMOKE
 from PIL import Image
 
 PACKAGES = ("mate-backgrounds", "lomiri-wallpapers-20.04")
@@ -27,6 +28,8 @@ WIDTH, HEIGHT, QUALITY, NOISE = 500, 375, 95, 9.4
 
 def photographs() -> Path:
     """The folder with train/CLASS/*.JPEG, val/CLASS/*.JPEG and packed/{train,val}; made where it does not exist."""
+    if SMOKE:
+        return few_photographs()
     folder = DATA / "photographs"
     if folder.is_dir():
         return folder

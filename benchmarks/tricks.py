@@ -11,9 +11,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
-from machine import DATA, Figures, figure, machine, parser, save
+from few import few_fashion
+from machine import DATA, SMOKE, Figures, figure, machine, parser, save
+
+from dist_trainer.log.console import Terminal
 
 ROOT = DATA.parent
 RUNS = ROOT / "runs/tricks"
@@ -82,11 +86,33 @@ def train(name: str, keys: list[str], epochs: int) -> dict[str, Any]:
     return {**summary, "loss": losses[-1]}
 
 
+def smoke(names: list[str]) -> None:
+    """Ten steps with each trick, all in this process."""
+    from dist_trainer.commands.ranks import ranks
+    from dist_trainer.commands.train import train_run
+    from dist_trainer.config.arguments import new_parser, parse_config
+
+    with ranks() as (world, terminal), tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            words = [
+                "configs/fashion_mnist.yaml", *TRICKS[name], f"--run.dir={folder}", f"--data.train={few_fashion()}",
+                f"--data.val={few_fashion()}", "--duration=10step", "--lr.warmup.duration=10%", "--data.workers=0",
+                "--eval.every=null", "--eval.train_samples=0", "--batch.global_batch=64", "--batch.micro_batch=16",
+                "--wandb.mode=disabled",
+            ]  # fmt: skip
+            config, _ = parse_config(new_parser("train", ""), words)
+            train_run(config, name.lower(), world, Terminal(active=False))
+            terminal.say(f"ran: {name}")
+
+
 def main() -> None:
     arguments = parser(__doc__, "base, Mixup and GridMask for an epoch")
     arguments.add_argument("--epochs", type=int, default=2)
     arguments.add_argument("--only", nargs="+", choices=list(TRICKS), default=list(TRICKS))
     values: Any = arguments.parse_args()
+    if SMOKE:
+        smoke(list(TRICKS))
+        return
     epochs, names = (1, ["base", "Mixup", "GridMask"]) if values.quick else (values.epochs, values.only)
     RUNS.mkdir(parents=True, exist_ok=True)
     print(f"{machine()}, 2 ranks, {epochs} epoch{'s' if epochs > 1 else ''}\n")

@@ -31,9 +31,10 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--greedy", action="store_true", help="keep a member only if validation does not drop")
     parser.add_argument("--out", type=str | None, default=None, help="default: average.safetensors in the run folder")
     run, argv = run_folder_argument(argv)
-    if run is None:
+    if run is None and not {"-h", "--help"} & set(argv):
         raise UserError("average: give a run folder, such as runs/my-1a2b3c4d")
     config, values = parse_config(parser, argv)
+    assert run is not None  # --help has ended the process
     for name in ("top_k", "last"):
         if values[name] is not None and values[name] < 1:
             raise UserError(f"--{name}: {values[name]} is not positive")

@@ -15,12 +15,13 @@ def _dataclasses_in(hint: Any) -> list[type]:
     return [found for part in get_args(hint) for found in _dataclasses_in(part)]
 
 
-def _keys(cls: type, prefix: str) -> Iterator[str]:
+def keys_of(cls: type, prefix: str = "") -> Iterator[str]:
+    """Every key of a config, such as batch.global_batch, and those of what is optional."""
     hints = get_type_hints(cls)
     for each in fields(cls):
         yield prefix + each.name
         for inner in _dataclasses_in(hints[each.name]):
-            yield from _keys(inner, f"{prefix}{each.name}.")
+            yield from keys_of(inner, f"{prefix}{each.name}.")
 
 
 def check_keys(values: Mapping[str, Any], cls: type = TrainConfig, prefix: str = "") -> None:
@@ -37,7 +38,7 @@ def check_keys(values: Mapping[str, Any], cls: type = TrainConfig, prefix: str =
             while isinstance(inside, Mapping) and len(inside) == 1:  # --btch.global_batch is meant as a whole
                 ((inner_key, inside),) = inside.items()
                 name += f".{inner_key}"
-            raise UserError(f"{name}: no such key{nearest(name, _keys(cls, prefix))}")
+            raise UserError(f"{name}: no such key{nearest(name, keys_of(cls, prefix))}")
         for inner in _dataclasses_in(hints[key]):
             if hints[key] is inner and not isinstance(value, Mapping):
                 raise UserError(f"{prefix}{key}: {value!r} where keys belong: {', '.join(get_type_hints(inner))}")
