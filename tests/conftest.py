@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from helpers import index_of, members_of, sample_members, write_tar
-from nodes import COUNTS, Node
+from nodes import COUNTS, RETRY, Node
 from running import FASHION, POOLS
 
-from dist_trainer.data.index import ShardIndex
+from dist_trainer.data.index import FILE_NAME, ShardIndex
+from dist_trainer.data.read import Reader
+from dist_trainer.shards.prepare import prepare_index
 from dist_trainer.storage import retry
+from dist_trainer.storage.cache import CacheConfig
 
 if TYPE_CHECKING:
     from s3_server import S3Server
@@ -23,11 +26,29 @@ def _end_of_ranks() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def fashion() -> list[str]:
+def whole_fashion() -> list[str]:
     """Arguments that name the Fashion-MNIST tars, which `make data` prepares."""
     if not (FASHION / "val" / "index.dtx").exists():
         pytest.fail("Fashion-MNIST is not prepared: run make data")
     return [f"--data.train={FASHION / 'train'}", f"--data.val={FASHION / 'val'}"]
+
+
+@pytest.fixture(scope="session")
+def fashion(whole_fashion: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The same with the first 500 validation images alone: most tests score many runs."""
+    folder = tmp_path_factory.mktemp("fashion")
+    index = ShardIndex.load(FASHION / "val" / FILE_NAME)
+    images = Reader(index, retry=RETRY, cache=CacheConfig()).read(np.arange(500))
+    labels = index.samples["label"].tolist()
+    members = [
+        member
+        for number, (image, label) in enumerate(zip(images, labels, strict=False))
+        for member in ((f"{number:04d}.png", image), (f"{number:04d}.cls", b"%d" % label))
+    ]
+    write_tar(folder / "0.tar", members)
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in index.class_names))
+    prepare_index("data.val", str(folder))
+    return [whole_fashion[0], f"--data.val={folder}"]
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ def test_every_benchmark_is_known_here() -> None:
 
 @pytest.mark.slow  # two minutes in all
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_side_of_a_benchmark_runs(name: str, fashion: list[str]) -> None:
+def test_every_side_of_a_benchmark_runs(name: str, whole_fashion: list[str]) -> None:
     """With --smoke: on little data, without figures. Fails when a side no longer fits the product or its peer."""
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--smoke"]
     environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

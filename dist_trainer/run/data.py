@@ -104,6 +104,12 @@ class Streams:
     notes: list[str]
     """Lines for the user."""
 
+    def close(self) -> None:
+        """End the loader workers of all but training, whose loader ends with its loop."""
+        for stream in (self.val, self.train_eval, self.bn_samples):
+            if stream is not None:
+                stream.close()
+
 
 def open_streams(config: TrainConfig, data: RunData, plan: Plan, augment: Augment, world: World) -> Streams:
     """Raises UserError for what the config says of the data and cannot be."""

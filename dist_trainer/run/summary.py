@@ -40,6 +40,7 @@ def finish_run(run: Run, stopped_by: str | None) -> dict[str, Any]:
         record.folder.release()
 
     on_main(run.world, close)
+    run.streams.close()
     run.learner.engine.close()
     return summary
 

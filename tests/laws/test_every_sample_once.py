@@ -67,7 +67,8 @@ def argv_of(sets: Path, train: str = "train", val: str = "val") -> list[str]:
     changed = [word for word in TINY if not word.startswith(("--duration", "--eval.batch"))]
     return [
         *changed, f"--data.train={sets / train}", f"--data.val={sets / val}", f"--duration={STEPS}step",
-        "--eval.batch=16", "--augment.transforms=[{name: RandomRotation, args: {degrees: 20}}]",
+        "--eval.batch=16", "--eval.train_samples=50",
+        "--augment.transforms=[{name: RandomRotation, args: {degrees: 20}}]",
         "--augment.crop={size: 28}",
     ]  # fmt: skip
 

@@ -26,10 +26,10 @@ def engine(name: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, fashion: list[str]) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, fashion: list[str], whole_fashion: list[str]) -> Path:
     """Every run of this file: one start of the ranks per world. Elastic and chained runs go on from start to start."""
     folder = tmp_path_factory.mktemp("worlds")
-    argv = [*TINY, *fashion]
+    argv, scored = [*TINY, *fashion], [*TINY, *whole_fashion]
     poison = ["--model.args={poison: [6, 1]}"]
     watched = ["--checkpoint.every=1step", "--checkpoint.keep_last=30"]
     scaled = ["--loss.name=tiny:Scaled", "--loss.args={factor: 100}", "--loss.label_smoothing=0", "--lr.peak=0.001"]
@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, fashion: list[str]) -> Path:
         {"name": "world3-zero3", "argv": [*argv, "--engine.zero=3"]},
         {"name": "mixed3", "argv": [*argv, *mixed]},
         {"name": "elastic", "argv": [*argv, "--engine.zero=3"], "stop_at": 9, "stop_rank": 2},
-        {"name": "eval3", "argv": argv, "eval": weights},
+        {"name": "eval3", "argv": scored, "eval": weights},
     ], folder)  # fmt: skip
     run_jobs(2, [
         {"name": "zero0", "argv": argv, "record": True},
@@ -67,14 +67,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, fashion: list[str]) -> Path:
         {"name": "mixed2", "argv": [*argv, *mixed]},
         {"name": "mixed2-resumed", "argv": [*argv, *mixed], "stop_at": 7},
         {"name": "mixed2-resumed", "argv": [*argv, *mixed]},
-        {"name": "eval2", "argv": argv, "eval": weights},
+        {"name": "eval2", "argv": scored, "eval": weights},
     ], folder)  # fmt: skip
     run_jobs(4, [
         {"name": "world4", "argv": argv, "record": True},
         {"name": "elastic", "argv": argv},
-        {"name": "eval4", "argv": argv, "eval": weights},
+        {"name": "eval4", "argv": scored, "eval": weights},
     ], folder)  # fmt: skip
-    run_jobs(1, [{"name": "eval1", "argv": argv, "eval": weights}], folder)
+    run_jobs(1, [{"name": "eval1", "argv": scored, "eval": weights}], folder)
     return folder
 
 

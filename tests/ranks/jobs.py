@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import timedelta
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,4 @@ def main(world: World, argv: list[str]) -> None:
             if not job.get("fails"):
                 raise
             (folder / f"{job['name']}-rank{world.rank}.txt").write_text(str(error))
+        assert not active_children(), f"{job['name']} left loader workers: {active_children()}"

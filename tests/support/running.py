@@ -29,7 +29,7 @@ TINY = [
     "--batch.global_batch=64", "--batch.micro_batch=16", "--duration=20step",
     "--optimizer.args={momentum: 0.9, nesterov: true}", "--optimizer.weight_decay=5.0e-4",
     "--lr.peak=0.1", "--lr.warmup.duration=4step", "--loss.label_smoothing=0.1",
-    "--engine.precision=fp32", "--eval.every=null", "--eval.batch=500", "--log.every=1step",
+    "--engine.precision=fp32", "--eval.every=null", "--eval.batch=500", "--eval.train_samples=200", "--log.every=1step",
     "--checkpoint.every=null", "--wandb.mode=disabled",
 ]  # fmt: skip
 
@@ -171,6 +171,7 @@ def run_killed_jobs(world: int, jobs: list[dict[str, Any]], folder: Path) -> Non
     """The same in a start of their own, whose ranks do not survive them."""
     pool = RankPool(world)
     assert not pool.run("jobs", [_written(jobs, folder, world), str(folder)], 300), pool.said()
+    pool.close()
 
 
 def _written(jobs: list[dict[str, Any]], folder: Path, world: int) -> str:
