@@ -11,7 +11,7 @@ from dist_trainer.data.batch import SlotAddress
 from dist_trainer.data.samples import TrainSamples
 
 _PARTS: list[tuple[Any, str, str]] = [
-    (TrainSamples, "_place", "order: slot to sample ids and keys"),
+    (TrainSamples, "_samples_at", "order: slot to sample ids and keys"),
     (read.Reader, "read", "read: rows of the index, zip"),
     (read.os, "pread", "read: pread"),
     (read.zlib, "crc32", "read: crc32"),

@@ -16,7 +16,9 @@ _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
 
 # First key part of each use, so that two uses with equal numbers never share a stream.
-BLOCKS, WINDOW, FULL, AUGMENT, FLIP, FORWARD, INIT, SPLIT, CROP, STAGE, CLASSES, CLASS, STREAM, DRAW, MIX = range(15)
+BLOCKS, WINDOW, FULL, AUGMENT, FLIP, FORWARD, INIT, SPLIT, CROP, STAGE, CLASS_TURN, IN_CLASS, STREAM, DRAW, MIX = range(
+    15
+)
 
 UInt64 = npt.NDArray[np.uint64]
 

@@ -116,8 +116,8 @@ class ShardIndex:
         shard = int(self.shard_of(np.array([sample]))[0])
         if self.names is not None:
             return self.file_of(sample, shard)
-        place = int(self.samples["offset"][sample])
-        return f"{self.shard_path(shard)}, sample {sample - int(self.first[shard])} at byte {place}"
+        offset = int(self.samples["offset"][sample])
+        return f"{self.shard_path(shard)}, sample {sample - int(self.first[shard])} at byte {offset}"
 
     def save(self, path: Path) -> None:
         """Write atomically: an index that exists is whole. Raises OSError."""

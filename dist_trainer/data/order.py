@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from dist_trainer.draws import BLOCKS, CLASS, CLASSES, FULL, WINDOW, hashes, key, permutation, permute
+from dist_trainer.draws import BLOCKS, CLASS_TURN, FULL, IN_CLASS, WINDOW, hashes, key, permutation, permute
 from dist_trainer.errors import UserError
 
 Ids = npt.NDArray[np.int64]
@@ -36,7 +36,7 @@ class OrderSpec:
 
 
 def _parts(labels: npt.NDArray[np.int32]) -> Iterator[tuple[int, npt.NDArray[np.int32]]]:
-    """(place of the first, labels) in pieces of four million."""
+    """(number of the first sample, labels) in pieces of four million."""
     for first in range(0, len(labels), 1 << 22):
         yield first, labels[first : first + (1 << 22)]
 
@@ -71,11 +71,11 @@ class ClassOrder:
 
     def ids(self, epoch: int, start: int, stop: int) -> Ids:
         """Sample ids (int64) at positions [start, stop) of an epoch."""
-        round_, place = np.divmod(epoch * self.size + np.arange(start, stop), len(self._counts))
-        which = permute(place, len(self._counts), hashes(round_, CLASSES, self._seed))
-        cycle, place = np.divmod(round_, self._counts[which])
-        place = permute(place, self._counts[which], hashes(hashes(cycle, CLASS, self._seed) ^ which.astype(np.uint64)))
-        ids: Ids = self._ids[self._begin[which] + place].astype(np.int64)
+        round_, turn = np.divmod(epoch * self.size + np.arange(start, stop), len(self._counts))
+        which = permute(turn, len(self._counts), hashes(round_, CLASS_TURN, self._seed))
+        cycle, nth = np.divmod(round_, self._counts[which])
+        nth = permute(nth, self._counts[which], hashes(hashes(cycle, IN_CLASS, self._seed) ^ which.astype(np.uint64)))
+        ids: Ids = self._ids[self._begin[which] + nth].astype(np.int64)
         return ids
 
 
@@ -118,7 +118,7 @@ class EpochOrder:
         return ids[skip : skip + stop - start]
 
     def _window(self, lane: int, number: int) -> tuple[int, Ids]:
-        """(place in the lane where the window begins, its permuted ids). Two windows per lane are kept."""
+        """(position in the lane where the window begins, its permuted ids). Two windows per lane are kept."""
         live = self._live.get((lane, number))
         if live is None:
             base, end = int(self._lane_start[lane]), int(self._lane_start[lane + 1])
@@ -142,13 +142,13 @@ class EpochOrder:
             return permute(position, self.size, np.uint64(key(FULL, spec.seed, self._epoch)))
         unit = position // spec.chunk
         lane = unit % spec.lanes
-        place = (unit // spec.lanes) * spec.chunk + position % spec.chunk
-        number = (place + self._shift[lane]) // spec.window
+        in_lane = (unit // spec.lanes) * spec.chunk + position % spec.chunk
+        number = (in_lane + self._shift[lane]) // spec.window
         ids = np.empty(stop - start, np.int64)
         # Runs of equal (lane, window): about one per chunk.
         edges = np.flatnonzero((np.diff(lane) != 0) | (np.diff(number) != 0)) + 1
         for a, b in zip([0, *edges], [*edges, len(ids)], strict=True):
             if a < b:
                 begin, window = self._window(int(lane[a]), int(number[a]))
-                ids[a:b] = window[place[a] - begin : place[b - 1] - begin + 1]
+                ids[a:b] = window[in_lane[a] - begin : in_lane[b - 1] - begin + 1]
         return ids

@@ -166,23 +166,25 @@ class Reader:
         samples = ids.tolist()
         data = [b""] * len(samples)
         missing: dict[int, list[int]] = {}
-        for place, number in enumerate(self._blocks.of(ids).tolist()):
+        for position, number in enumerate(self._blocks.of(ids).tolist()):
             found = None
             if number not in missing:
                 block = self._block(number)
-                at = self._place_in(block, samples[place], offsets[place])
-                found = self._cache.read(block.name, block.length, at, lengths[place])
+                at = self._offset_in(block, samples[position], offsets[position])
+                found = self._cache.read(block.name, block.length, at, lengths[position])
             if found is None:
-                missing.setdefault(number, []).append(place)
+                missing.setdefault(number, []).append(position)
             else:
-                data[place] = found
+                data[position] = found
 
         def fetch(number: int) -> None:
             block = self._block(number)
             whole = self._fetch(block) if self._whole and self._cache.takes(block.length) else None
-            for place in missing[number]:
-                at = self._place_in(block, samples[place], offsets[place])
-                data[place] = self._source(samples[place]) if whole is None else whole[at : at + lengths[place]]
+            for position in missing[number]:
+                at = self._offset_in(block, samples[position], offsets[position])
+                data[position] = (
+                    self._source(samples[position]) if whole is None else whole[at : at + lengths[position]]
+                )
 
         concurrently(fetch, list(missing), _BLOCKS_AT_ONCE if self._whole else _SAMPLES_AT_ONCE)
         return [
@@ -223,7 +225,7 @@ class Reader:
             length = int((rows["offset"] + rows["length"]).max(initial=start)) - start
         return _Block(shard, first, stop, start, length, f"{self._index.fingerprint[:16]}-{shard}-{number}")
 
-    def _place_in(self, block: _Block, sample: int, offset: int) -> int:
+    def _offset_in(self, block: _Block, sample: int, offset: int) -> int:
         """Where in its block a sample begins."""
         if self._index.names is None:
             return offset - block.start

@@ -42,7 +42,7 @@ class _Samples(Dataset[Batch]):
         """Whether samples come by way of the node's cache."""
         return self._reader.is_cached
 
-    def _place(self, address: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _samples_at(self, address: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(sample ids int64 [m], whether each counts bool [m], keys uint64 [m])"""
         raise NotImplementedError
 
@@ -55,7 +55,7 @@ class _Samples(Dataset[Batch]):
         return [False] * len(keys)
 
     def __getitem__(self, address: Any) -> Batch:
-        ids, counts, keys = self._place(address)
+        ids, counts, keys = self._samples_at(address)
         labels = self._index.samples["label"][ids].astype(np.int64)
         weight = counts.astype(np.float32) * (not address.ghost)
         batch = Batch(
@@ -98,15 +98,15 @@ class _Samples(Dataset[Batch]):
 
     def _staged(self, ids: np.ndarray, data: list[Encoded], keys: UInt64, labels: np.ndarray) -> list[Encoded]:
         """`data` behind the user's stages, which see no bad samples; sets `labels` (int64 [m]) to what they say."""
-        good = [place for place, each in enumerate(data) if not isinstance(each, Bad)]
+        good = [position for position, each in enumerate(data) if not isinstance(each, Bad)]
         samples: list[Sample] = [
             {"__key__": int(ids[p]), "__split__": self._split, "image": data[p], "cls": int(labels[p])} for p in good
         ]
         data = list(data)
-        for place, sample in zip(good, self._stages(samples, keys[good]), strict=True):
-            image, labels[place] = self._returned(sample)
-            is_new = isinstance(image, bytes) and image is not data[place]
-            data[place] = self._decode(image) if is_new else image  # the index knows the size of the original alone
+        for position, sample in zip(good, self._stages(samples, keys[good]), strict=True):
+            image, labels[position] = self._returned(sample)
+            is_new = isinstance(image, bytes) and image is not data[position]
+            data[position] = self._decode(image) if is_new else image  # the index knows the size of the original alone
         return data
 
     def _returned(self, sample: Sample) -> tuple[bytes | torch.Tensor, int]:
@@ -140,27 +140,27 @@ class _Samples(Dataset[Batch]):
 
     def _substitute(self, batch: Batch, rows: list[torch.Tensor | Bad]) -> None:
         """Bad samples lose their weight and take pixels and label of the nearest good one before, in a circle."""
-        good = [place for place, row in enumerate(rows) if not isinstance(row, Bad)]
+        good = [position for position, row in enumerate(rows) if not isinstance(row, Bad)]
         if len(good) == len(rows):
             return
         labels, weight = batch.labels.numpy(), batch.weight.numpy()  # views
-        for place, row in enumerate(rows):
+        for position, row in enumerate(rows):
             if isinstance(row, Bad):
-                sample = int(batch.ids[place])
-                if weight[place]:  # else it only fills, and counts where it stands for itself
+                sample = int(batch.ids[position])
+                if weight[position]:  # else it only fills, and counts where it stands for itself
                     batch.bad.append(BadSample.of(self._index, sample, row))
-                weight[place] = 0.0
-        for place, row in enumerate(rows):
+                weight[position] = 0.0
+        for position, row in enumerate(rows):
             if isinstance(row, Bad):
                 if not good:
-                    labels[place] = 0
+                    labels[position] = 0
                     continue
-                other = max((p for p in good if p < place), default=good[-1])
-                rows[place], labels[place] = rows[other], labels[other]
+                other = max((p for p in good if p < position), default=good[-1])
+                rows[position], labels[position] = rows[other], labels[other]
 
     def _stack(self, ids: np.ndarray, rows: list[torch.Tensor | Bad], flips: list[bool]) -> torch.Tensor:
         images: torch.Tensor | None = None
-        for place, row in enumerate(rows):
+        for position, row in enumerate(rows):
             if isinstance(row, Bad):  # then all are
                 if self._shape is None:
                     raise UserError(f"{self._index.describe(int(ids[0]))}: {row.reason}, like the whole first batch")
@@ -169,11 +169,11 @@ class _Samples(Dataset[Batch]):
                 images = _allocate((len(ids), *row.shape))
             if row.shape != images.shape[1:]:
                 raise UserError(
-                    f"{self._index.describe(int(ids[place]))}: {tuple(row.shape)} pixels beside "
+                    f"{self._index.describe(int(ids[position]))}: {tuple(row.shape)} pixels beside "
                     f"{tuple(images.shape[1:])} in one batch; set augment.crop and eval.crop, which give every image "
                     "one size"
                 )
-            images[place] = row.flip(-1) if flips[place] else row
+            images[position] = row.flip(-1) if flips[position] else row
         assert images is not None
         self._shape = tuple(images.shape[1:])
         return images
@@ -218,9 +218,9 @@ class _Augmented(_Samples):
             self._shape = self._shape_at(step)
             rows = self._index.samples[ids]
             widths, heights = (np.maximum(rows[name].astype(np.int64), 1) for name in ("width", "height"))
-            for place, each in enumerate(data):
+            for position, each in enumerate(data):
                 if isinstance(each, torch.Tensor):
-                    heights[place], widths[place] = each.shape[1:]
+                    heights[position], widths[position] = each.shape[1:]
             boxes = crop_boxes(crop, widths, heights, keys).tolist()
         return [
             self._image(sample, each, box, size, key, step)
@@ -271,7 +271,7 @@ class TrainSamples(_Augmented):
             self._orders[epoch] = EpochOrder(self._index.counts, self._spec, epoch)
         return self._orders[epoch].ids(start, stop)
 
-    def _place(self, address: SlotAddress) -> tuple[np.ndarray, np.ndarray, UInt64]:
+    def _samples_at(self, address: SlotAddress) -> tuple[np.ndarray, np.ndarray, UInt64]:
         spans = self._plan.spans(address.step, address.slot)
         ids = np.concatenate([self._ids(span.epoch, span.start, span.stop) for span in spans])
         lengths = [span.stop - span.start for span in spans]
@@ -307,10 +307,10 @@ class EvalSamples(_Samples):
         if transform.crop is not None:
             self._shape = (config.channels, transform.crop, transform.crop)
 
-    def _place(self, address: EvalAddress) -> tuple[np.ndarray, np.ndarray, UInt64]:
-        place = np.arange(address.number * address.size, (address.number + 1) * address.size)
-        ids = self._chosen[place % len(self._chosen)]
-        return ids, place < len(self._chosen), hashes(ids, STAGE)
+    def _samples_at(self, address: EvalAddress) -> tuple[np.ndarray, np.ndarray, UInt64]:
+        positions = np.arange(address.number * address.size, (address.number + 1) * address.size)
+        ids = self._chosen[positions % len(self._chosen)]
+        return ids, positions < len(self._chosen), hashes(ids, STAGE)
 
     def _images(self, address: Any, ids: np.ndarray, data: list[Encoded], keys: UInt64) -> list[torch.Tensor | Bad]:
         images = [self._decode(each) for each in data]
@@ -329,7 +329,7 @@ class DrawnTrainSamples(_Augmented):
         super().__init__(index, augment, config, in_blocks=False)
         self._chosen, self._at = chosen, step
 
-    def _place(self, address: EvalAddress) -> tuple[np.ndarray, np.ndarray, UInt64]:
+    def _samples_at(self, address: EvalAddress) -> tuple[np.ndarray, np.ndarray, UInt64]:
         ids = self._chosen[address.number * address.size : (address.number + 1) * address.size]
         epochs = np.full(len(ids), self._augment.epoch(self._at))
         return ids, np.ones(len(ids), bool), self._augment.keys(epochs, ids, 0)

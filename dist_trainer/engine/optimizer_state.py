@@ -72,17 +72,17 @@ def get_state(optimizer: torch.optim.Optimizer, model: nn.Module, built: list[di
 def set_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: State) -> None:
     """Undo `get_state`: in the parameters' memory layout, and on the devices that torch chooses."""
     check_names(model, state)
-    places: dict[str, dict[str, torch.Tensor]] = {}
+    by_parameter: dict[str, dict[str, torch.Tensor]] = {}
     for full_name, value in state.items():
         key, _, name = full_name.partition("/")
-        places.setdefault(name, {})[key] = value
+        by_parameter.setdefault(name, {})[key] = value
     names = {parameter: name for name, parameter in model.named_parameters()}
     whole = optimizer.state_dict()
     numbers = {p: n for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     for saved, group in zip(whole["param_groups"], optimizer.param_groups, strict=True):
         for parameter in group["params"]:
             own = whole["state"].setdefault(numbers[parameter], {})
-            for key, value in places.get(names[parameter], {}).items():
+            for key, value in by_parameter.get(names[parameter], {}).items():
                 like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
                 short, restored = decode(key.removesuffix(_GROUP), like.copy_(value))
                 (saved if key.endswith(_GROUP) else own)[short] = restored

@@ -85,39 +85,39 @@ def load_pretrained(config: ModelConfig, storage: Storage, model: nn.Module, wor
 
 
 def find_pretrained(config: ModelConfig, storage: Storage) -> Published | str:
-    """The published weights, or the place of a file or folder, that `config.pretrained` names.
+    """The published weights, or the location of a file or folder, that `config.pretrained` names.
 
     Raises UserError where nothing is, without reading it.
     """
     published = chosen(config)
     if published is not None:
         return published
-    place = str(config.pretrained)
+    location = str(config.pretrained)
     try:
-        storage.stat(place)
+        storage.stat(location)
     except FileNotFoundError:
         tags = tags_of(config)
-        known = f"; {config.name} has published weights {', '.join(tags)}" if tags and "/" not in place else ""
-        raise UserError(f"model.pretrained: {place}: no such file{known}") from None
+        known = f"; {config.name} has published weights {', '.join(tags)}" if tags and "/" not in location else ""
+        raise UserError(f"model.pretrained: {location}: no such file{known}") from None
     except OSError as error:
-        raise UserError(f"model.pretrained: {place}: cannot be read: {error.strerror or error}") from None
-    return place
+        raise UserError(f"model.pretrained: {location}: cannot be read: {error.strerror or error}") from None
+    return location
 
 
-def read_weights(place: str, storage: Storage) -> tuple[Mapping[str, Any], str, str]:
+def read_weights(location: str, storage: Storage) -> tuple[Mapping[str, Any], str, str]:
     """(weights by name, where they were found, SHA-256 of the file) of a file, a URL, a checkpoint or a run folder.
 
     Raises UserError for what cannot be read or must not be unpickled.
     """
-    if not is_remote(place) and Path(place).is_dir():
-        place = str(_file_in(Path(place)))
+    if not is_remote(location) and Path(location).is_dir():
+        location = str(_file_in(Path(location)))
     try:
-        with storage.open(place) as file:
+        with storage.open(location) as file:
             data = file.read()
     except OSError as error:
-        raise UserError(f"model.pretrained: {place}: cannot be read: {error.strerror or error}") from None
-    weights, wrapper = unwrap(_parse(data, place), place)
-    return weights, f"{place} ({wrapper})" if wrapper else place, hashlib.sha256(data).hexdigest()
+        raise UserError(f"model.pretrained: {location}: cannot be read: {error.strerror or error}") from None
+    weights, wrapper = unwrap(_parse(data, location), location)
+    return weights, f"{location} ({wrapper})" if wrapper else location, hashlib.sha256(data).hexdigest()
 
 
 def _file_in(folder: Path) -> Path:
@@ -134,15 +134,15 @@ def _file_in(folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
-def _parse(data: bytes, place: str) -> Any:
+def _parse(data: bytes, location: str) -> Any:
     """What a file of either format holds, whatever it is called."""
     if data[8:9] == b"{":
         try:
             return safetensors.torch.load(data)
         except SafetensorError as error:
-            raise UserError(f"model.pretrained: {place}: not a whole safetensors file ({error})") from None
+            raise UserError(f"model.pretrained: {location}: not a whole safetensors file ({error})") from None
     if not data.startswith((b"PK\x03\x04", b"\x80")):
-        raise UserError(f"model.pretrained: {place}: neither a safetensors nor a torch file")
+        raise UserError(f"model.pretrained: {location}: neither a safetensors nor a torch file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -150,15 +150,15 @@ def _parse(data: bytes, place: str) -> Any:
         match = re.search(r"GLOBAL (\S+)", str(error))
         what = match[1] if match else "more than tensors and plain values"
         raise UserError(
-            f"model.pretrained: {place}: refused: it holds {what}, and to unpickle that could run any code; where you "
+            f"model.pretrained: {location}: refused: it holds {what}, and unpickling that could run any code; if you "
             "trust it, load it in Python and save its state_dict alone"
         ) from None
     except Exception as error:  # zipfile's, struct's and torch's own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model.pretrained: {place}: not a whole torch file ({reason})") from None
+        raise UserError(f"model.pretrained: {location}: not a whole torch file ({reason})") from None
 
 
-def unwrap(content: Any, place: str) -> tuple[Mapping[str, Any], str]:
+def unwrap(content: Any, location: str) -> tuple[Mapping[str, Any], str]:
     """(weights by name, the key of a training program's checkpoint that they were under, or ""). Raises UserError."""
     taken: list[str] = []
     while isinstance(content, Mapping):
@@ -172,7 +172,7 @@ def unwrap(content: Any, place: str) -> tuple[Mapping[str, Any], str]:
             if isinstance(content, Mapping)
             else type(content).__name__
         )
-        raise UserError(f"model.pretrained: {place}: no weights in it, but {what}")
+        raise UserError(f"model.pretrained: {location}: no weights in it, but {what}")
     return content, ".".join(taken)
 
 

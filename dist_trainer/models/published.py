@@ -40,7 +40,7 @@ class Published:
 
 
 def chosen(config: ModelConfig) -> Published | None:
-    """The published weights that `model.pretrained` asks for: by true, or by a tag. None: by a place, or none at all.
+    """The published weights that `model.pretrained` asks for: by true, or by a tag. None: by a location, or none.
 
     Raises UserError where there are none.
     """

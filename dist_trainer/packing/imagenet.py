@@ -21,7 +21,7 @@ from dist_trainer.packing.sources import ListedImages, Source, is_image, require
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 _BLOCK = 512  # bytes: a tar's unit
-_Place = tuple[str, int, int]
+_Span = tuple[str, int, int]
 """Of a file: its name, where its bytes begin in the outermost tar, how many they are."""
 
 
@@ -29,14 +29,14 @@ class TarImages(ListedImages):
     """Images inside one tar, or inside tars in it."""
 
     def __init__(
-        self, tar: Path, places: list[_Place], labels: list[int], class_names: tuple[str, ...], num_ignored: int
+        self, tar: Path, images: list[_Span], labels: list[int], class_names: tuple[str, ...], num_ignored: int
     ) -> None:
-        super().__init__(tar, [name for name, _, _ in places], labels, class_names, num_ignored)
-        self._spans = np.array([(offset, size) for _, offset, size in places], np.int64)
+        super().__init__(tar, [name for name, _, _ in images], labels, class_names, num_ignored)
+        self._spans = np.array([(offset, size) for _, offset, size in images], np.int64)
 
     def bytes_of(self, item: int) -> bytes:
         offset, size = self._spans[item].tolist()
-        with self.place.open("rb") as file:
+        with self.root.open("rb") as file:
             data = os.pread(file.fileno(), size, offset)
         if len(data) != size:
             raise OSError(f"{len(data)} bytes instead of {size}: the archive changed")
@@ -69,7 +69,7 @@ def _open(tar: Path) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
 
 
 def _train(tar: Path) -> Source:
-    classes: dict[str, list[_Place]] = {}
+    classes: dict[str, list[_Span]] = {}
     num_ignored = 0
     with _open(tar) as (outer, file):
         for member in _files(outer, file, str(tar)):
@@ -83,8 +83,8 @@ def _train(tar: Path) -> Source:
             with inside, tarfile.open(fileobj=inside, mode="r:") as inner:
                 for each in _files(inner, inside, where):
                     if is_image(each.name):
-                        place = member.offset_data + each.offset_data
-                        images.append((f"{name.stem}/{PurePosixPath(each.name).name}", place, each.size))
+                        offset = member.offset_data + each.offset_data
+                        images.append((f"{name.stem}/{PurePosixPath(each.name).name}", offset, each.size))
                     else:
                         num_ignored += 1
             if not images:
@@ -92,9 +92,9 @@ def _train(tar: Path) -> Source:
     if not classes:
         raise UserError(f"{tar}: no tars of classes inside")
     names = tuple(sorted(classes))
-    places = [place for name in names for place in sorted(classes[name])]
+    in_order = [image for name in names for image in sorted(classes[name])]
     labels = [label for label, name in enumerate(names) for _ in classes[name]]
-    return TarImages(tar, places, labels, names, num_ignored)
+    return TarImages(tar, in_order, labels, names, num_ignored)
 
 
 def _val(tar: Path) -> Source:
@@ -102,13 +102,13 @@ def _val(tar: Path) -> Source:
     with _open(tar) as (flat, file):
         members = _files(flat, file, str(tar))
         files = [(PurePosixPath(member.name).name, member.offset_data, member.size) for member in members]
-    places = sorted(place for place in files if is_image(place[0]))
-    if len(places) != len(truth):
-        raise UserError(f"{tar}: {len(places):,} images, but {DEVKIT} has the classes of {len(truth):,}")
+    images = sorted(file for file in files if is_image(file[0]))
+    if len(images) != len(truth):
+        raise UserError(f"{tar}: {len(images):,} images, but {DEVKIT} has the classes of {len(truth):,}")
     names = tuple(sorted(synsets.values()))
     numbers = {name: number for number, name in enumerate(names)}
     labels = [numbers[synsets[number]] for number in truth]
-    return TarImages(tar, places, labels, names, len(files) - len(places))
+    return TarImages(tar, images, labels, names, len(files) - len(images))
 
 
 def _read_devkit(devkit: Path) -> tuple[list[int], dict[int, str]]:

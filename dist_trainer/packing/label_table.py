@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
 from dist_trainer.errors import UserError
-from dist_trainer.packing.sources import ListedImages, few, images_below, require_classes, suffix_of
+from dist_trainer.packing.sources import ListedImages, few, listed_images, require_classes, suffix_of
 from dist_trainer.shards.scan import IMAGE_SUFFIXES
 
 
@@ -43,7 +43,7 @@ class LabelledFolder(ListedImages):
     """
 
     def __init__(self, root: Path, table: Path, class_names: tuple[str, ...] | None = None) -> None:
-        files, num_ignored = images_below(root)
+        files, num_ignored = listed_images(root)
         if not files:
             raise UserError(f"{root}: no images ({', '.join(IMAGE_SUFFIXES)})")
         present = {_bare(file) for file in files}

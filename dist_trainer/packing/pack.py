@@ -26,10 +26,10 @@ from dist_trainer.distributed.processes import die_with_parent
 from dist_trainer.draws import permutation
 from dist_trainer.errors import UserError
 from dist_trainer.packing.sources import Source
+from dist_trainer.shards.classes import CLASSES_FILE
 from dist_trainer.shards.scan import LABEL_SUFFIX, ShardScan, join, scan_tar
 
 MANIFEST = "pack.json"
-CLASSES = "classes.txt"
 _LOCK = "lock"
 _SOURCE = "source.pickle"
 _UNFINISHED = ".part"
@@ -286,7 +286,7 @@ def pack(
                 scans.append(scan)
                 yield len(shard.items)
             index = join([shard.path.name for shard in shards], scans, source.class_names)
-            (folder / CLASSES).write_text("".join(f"{name}\n" for name in index.class_names), encoding="utf-8")
+            (folder / CLASSES_FILE).write_text("".join(f"{name}\n" for name in index.class_names), encoding="utf-8")
             index.save(folder / FILE_NAME)
             (folder / _LOCK).unlink()
             folder.replace(out)

@@ -67,10 +67,10 @@ class ListedImages:
     """Images that are named in a list. 1.28 M are 60 MB in arrays, and 150 MB as Python objects."""
 
     def __init__(
-        self, place: Path, names: Sequence[str], labels: Sequence[int], class_names: tuple[str, ...], num_ignored: int
+        self, root: Path, names: Sequence[str], labels: Sequence[int], class_names: tuple[str, ...], num_ignored: int
     ) -> None:
         encoded = [os.fsencode(name) for name in names]
-        self.place = place
+        self.root = root
         self._names = np.frombuffer(b"".join(encoded), np.uint8)
         self._ends = np.cumsum([0, *(len(name) for name in encoded)], dtype=np.int64)
         self._labels = np.array(labels, np.int64)
@@ -82,7 +82,7 @@ class ListedImages:
         digest = hashlib.sha256(self._names.data)
         digest.update(self._ends.data)
         digest.update(self._labels.data)
-        return {"source": str(self.place.resolve()), "listing": digest.hexdigest()}
+        return {"source": str(self.root.resolve()), "listing": digest.hexdigest()}
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -91,7 +91,7 @@ class ListedImages:
         return self._labels
 
     def name(self, item: int) -> str:
-        return f"{self.place}/{os.fsdecode(self._names[self._ends[item] : self._ends[item + 1]].tobytes())}"
+        return f"{self.root}/{os.fsdecode(self._names[self._ends[item] : self._ends[item + 1]].tobytes())}"
 
     def bytes_of(self, item: int) -> bytes:
         """The image as it lies in its file; may raise OSError."""
@@ -105,7 +105,7 @@ class ListedImages:
             raise UserError(f"{name}: {error.strerror or error}") from None
 
 
-def images_below(folder: Path) -> tuple[list[str], int]:
+def listed_images(folder: Path) -> tuple[list[str], int]:
     """(sorted paths of the images below `folder` relative to it, the number of other files); links are followed."""
 
     def refuse(error: OSError) -> None:  # os.walk would pass over a folder that it may not read
@@ -113,9 +113,9 @@ def images_below(folder: Path) -> tuple[list[str], int]:
 
     images: list[str] = []
     num_ignored = 0
-    for place, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+    for current, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        below = "" if place == str(folder) else f"{os.path.relpath(place, folder)}/"
+        below = "" if current == str(folder) else f"{os.path.relpath(current, folder)}/"
         found = [f"{below}{name}" for name in files if is_image(name)]
         images += found
         num_ignored += len(files) - len(found)
@@ -133,7 +133,7 @@ class FolderSource(ListedImages):
         num_ignored = sum(entry.is_file() for entry in entries)
         empty = []
         for label, folder in enumerate(folders):
-            images, others = images_below(folder)
+            images, others = listed_images(folder)
             names += [f"{folder.name}/{image}" for image in images]
             labels += [label] * len(images)
             num_ignored += others

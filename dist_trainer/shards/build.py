@@ -135,7 +135,7 @@ def build_index(
     if is_remote(shards.root):
         say(f"{len(stats):,} shards, {sum(stat.size for stat in stats) / 1e9:,.2f} GB, to be read from {shards.root}")
     parts = out.with_name(f".{out.name}.parts")
-    tasks = [_Task(place, rule, shards.is_folder, parts / _part_name(place, stat, rule)) for place, stat in
+    tasks = [_Task(location, rule, shards.is_folder, parts / _part_name(location, stat, rule)) for location, stat in
              zip(shards.locations, stats, strict=True)]  # fmt: skip
     try:
         parts.mkdir(exist_ok=True)

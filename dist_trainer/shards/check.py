@@ -18,7 +18,7 @@ _FEW = {"headers": 100_000, "crc": 20_000, "decode": 1000}  # samples that are c
 
 
 @dataclass(frozen=True)
-class BadSample:
+class Finding:
     """What is wrong with sample `sample` of the index, or with a whole shard where that is None."""
 
     shard: str
@@ -41,7 +41,7 @@ class _Work:
     level: Level
     options: Mapping[str, Any] | None
 
-    def __call__(self, shard: int) -> list[BadSample]:
+    def __call__(self, shard: int) -> list[Finding]:
         if self.level == "decode":
             import torch
 
@@ -56,7 +56,7 @@ def check_index(
     options: Mapping[str, Any] | None = None,
     num_processes: int = 1,
     say: Callable[[str], None] = lambda line: None,
-) -> list[BadSample]:
+) -> list[Finding]:
     """Every sample of `index` that is not what the index says, in order.
 
     headers: shards are there and have their size, and where the index has an image the tar has the header of one;
@@ -64,7 +64,7 @@ def check_index(
     indexed are passed over.
     """
     counts = index.counts.tolist()
-    found: dict[int, list[BadSample]] = {}
+    found: dict[int, list[Finding]] = {}
     processes = num_processes if len(index) >= _FEW[level] else 1
     results = in_processes(_Work(index, level, options), range(len(index.shards)), processes)
     with closing(results), progress(f"checking {level}", len(index), in_bytes=False, say=say) as advance:
@@ -74,7 +74,7 @@ def check_index(
     return [bad for shard in sorted(found) for bad in found[shard]]
 
 
-def _check_shard(index: ShardIndex, shard: int, level: Level, storage: Storage) -> Iterator[BadSample]:
+def _check_shard(index: ShardIndex, shard: int, level: Level, storage: Storage) -> Iterator[Finding]:
     location = index.shard_path(shard)
     is_tar = index.names is None
     with ExitStack() as stack:
@@ -82,10 +82,10 @@ def _check_shard(index: ShardIndex, shard: int, level: Level, storage: Storage) 
             size = storage.stat(location).size
             tar = stack.enter_context(storage.open(location)) if is_tar else None
         except OSError as error:
-            yield BadSample(location, None, 0, "", error.strerror or str(error))
+            yield Finding(location, None, 0, "", error.strerror or str(error))
             return
         if is_tar and size != int(index.sizes[shard]):
-            yield BadSample(location, None, 0, "", f"{size} bytes, but the index says {int(index.sizes[shard])}")
+            yield Finding(location, None, 0, "", f"{size} bytes, but the index says {int(index.sizes[shard])}")
         for sample in range(int(index.first[shard]), int(index.first[shard + 1])):
             row = index.samples[sample]
             label, offset = int(row["label"]), int(row["offset"])
@@ -100,7 +100,7 @@ def _check_shard(index: ShardIndex, shard: int, level: Level, storage: Storage) 
                     _check_content(data, row, level)
             except (ValueError, OSError) as error:
                 reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-                yield BadSample(index.file_of(sample, shard), sample, offset, name, reason)
+                yield Finding(index.file_of(sample, shard), sample, offset, name, reason)
 
 
 def _read_tar(tar: BinaryIO, row: Any, level: Level) -> bytes:

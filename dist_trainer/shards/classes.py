@@ -11,7 +11,7 @@ from dist_trainer.data.index import BAD, ShardIndex
 from dist_trainer.errors import UserError
 from dist_trainer.storage.storage import Storage
 
-CLASSES = "classes.txt"
+CLASSES_FILE = "classes.txt"
 """Beside tars: one class name per line, in the order of their numbers."""
 
 

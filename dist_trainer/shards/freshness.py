@@ -93,8 +93,8 @@ def _spread(index: ShardIndex, shard: int) -> list[int]:
     """Up to 64 good samples, spread over a shard."""
     first, stop = int(index.first[shard]), int(index.first[shard + 1])
     good = first + np.flatnonzero(index.samples["label"][first:stop] != BAD)
-    places = np.linspace(0, len(good) - 1, min(_RECHECKED, len(good))).astype(np.int64)
-    return [int(sample) for sample in good[places]]
+    chosen = np.linspace(0, len(good) - 1, min(_RECHECKED, len(good))).astype(np.int64)
+    return [int(sample) for sample in good[chosen]]
 
 
 def _folder_stamps(index: ShardIndex, path: Path) -> list[str]:

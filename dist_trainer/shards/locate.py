@@ -18,7 +18,7 @@ INDEX_SUFFIX = ".dtx"
 
 
 @dataclass(frozen=True)
-class Place:
+class DataPlace:
     """Where an index is or would be (path or URL), and its shards; None where the location is the index itself."""
 
     index: str
@@ -29,7 +29,7 @@ class Place:
         return is_remote(self.index)
 
 
-def locate(locations: Sequence[str], storage: Storage) -> Place:
+def locate(locations: Sequence[str], storage: Storage) -> DataPlace:
     """Understand what a user wrote, one location or several tars. Whether named tars exist is not looked at.
 
     Raises UserError for what holds no images, for a pattern that does not parse, and for what cannot be reached.
@@ -41,7 +41,7 @@ def locate(locations: Sequence[str], storage: Storage) -> Place:
         if location.startswith("pipe:"):
             raise UserError(f"{location}: shell pipes are refused; name a path, or a URL such as s3://bucket/folder")
         if location.endswith(INDEX_SUFFIX):
-            return Place(location, None)
+            return DataPlace(location, None)
         if not location.endswith(".tar") and "{" not in location:
             return _remote_folder(location.rstrip("/"), storage) if is_remote(location) else _local_folder(location)
     tars = [tar for location in locations for tar in _expand(location)]
@@ -52,7 +52,7 @@ def locate(locations: Sequence[str], storage: Storage) -> Place:
         raise UserError(f"{tars[0]}: some tars are local and some are remote; make an index of each kind")
     shards = _relative(tars)
     name = hashlib.sha256("\n".join(shards.names).encode()).hexdigest()[:8]
-    return Place(f"{shards.root}/{FILE_NAME if is_remote(tars[0]) else f'index-{name}{INDEX_SUFFIX}'}", shards)
+    return DataPlace(f"{shards.root}/{FILE_NAME if is_remote(tars[0]) else f'index-{name}{INDEX_SUFFIX}'}", shards)
 
 
 def _expand(pattern: str) -> list[str]:
@@ -77,7 +77,7 @@ def _relative(tars: Sequence[str]) -> ShardSet:
     return ShardSet(str(folder), tuple(path.relative_to(folder).as_posix() for path in paths))
 
 
-def _local_folder(location: str) -> Place:
+def _local_folder(location: str) -> DataPlace:
     folder = Path(location).expanduser().absolute()
     if not folder.is_dir():
         found = f"a file that is neither a tar nor an index ({INDEX_SUFFIX})" if folder.exists() else "no such folder"
@@ -85,12 +85,12 @@ def _local_folder(location: str) -> Place:
     index = folder / FILE_NAME
     tars = sorted(path.name for path in folder.glob("*.tar"))
     if tars:
-        return Place(str(index), ShardSet(str(folder), tuple(tars)))
+        return DataPlace(str(index), ShardSet(str(folder), tuple(tars)))
     classes = class_folders(folder)
     if classes and holds_images(folder):
-        return Place(str(index), ShardSet(str(folder), tuple(classes), is_folder=True))
+        return DataPlace(str(index), ShardSet(str(folder), tuple(classes), is_folder=True))
     if index.exists():
-        return Place(str(index), None)
+        return DataPlace(str(index), None)
     if not classes:
         raise UserError(f"{location}: no tars there, and no class folders; dist-trainer shards pack --help makes tars")
     raise UserError(
@@ -99,7 +99,7 @@ def _local_folder(location: str) -> Place:
     )
 
 
-def _remote_folder(url: str, storage: Storage) -> Place:
+def _remote_folder(url: str, storage: Storage) -> DataPlace:
     try:
         names = storage.list(url)
     except FileNotFoundError:
@@ -109,7 +109,7 @@ def _remote_folder(url: str, storage: Storage) -> Place:
     tars = tuple(name for name in names if name.endswith(".tar"))
     if not tars and FILE_NAME not in names:
         raise UserError(f"{url}: no tars there, and no {FILE_NAME}")
-    return Place(f"{url}/{FILE_NAME}", ShardSet(url, tars) if tars else None)
+    return DataPlace(f"{url}/{FILE_NAME}", ShardSet(url, tars) if tars else None)
 
 
 def rooted(shards: ShardSet, index: Path) -> ShardSet:

@@ -11,10 +11,10 @@ from dist_trainer.data.index import ShardIndex
 from dist_trainer.distributed.processes import cores
 from dist_trainer.errors import LocalError, UserError
 from dist_trainer.shards.build import ShardSet, build_index
-from dist_trainer.shards.classes import CLASSES, is_class_sorted, match_classes, numbering_note, read_classes
+from dist_trainer.shards.classes import CLASSES_FILE, is_class_sorted, match_classes, numbering_note, read_classes
 from dist_trainer.shards.freshness import check_content, check_shards, is_current
 from dist_trainer.shards.labels import LabelRule
-from dist_trainer.shards.locate import INDEX_SUFFIX, Place, locate, rooted
+from dist_trainer.shards.locate import INDEX_SUFFIX, DataPlace, locate, rooted
 from dist_trainer.storage.storage import RetryConfig, Storage, is_remote
 
 __all__ = [
@@ -45,12 +45,12 @@ def prepare_index(
     """
     storage = Storage(options, retry or RetryConfig())
     try:
-        place = locate([location], storage)
-        path = _existing(place, location, storage, fallback)
+        data_place = locate([location], storage)
+        path = _existing(data_place, location, storage, fallback)
         if path is None:
-            return _make(place, location, options, fallback)
+            return _make(data_place, location, options, fallback)
         index = ShardIndex.load(path)
-        check_shards(index, path, place.shards)
+        check_shards(index, path, data_place.shards)
         return str(path), check_content(index, path, storage)
     except LocalError:
         raise
@@ -95,8 +95,8 @@ def index_shards(
     Returns the line that says so; `say` is given what is worth knowing before. Raises UserError.
     """
     storage = Storage(options)
-    place = locate(locations, storage)
-    shards = place.shards
+    data_place = locate(locations, storage)
+    shards = data_place.shards
     if shards is None:
         raise UserError(f"{locations[0]}: is an index; name the tars that it shall be made of")
     if shards.is_folder and (label is not None or classes is not None):
@@ -104,8 +104,8 @@ def index_shards(
             f"{locations[0]}: an image folder, whose classes are its folders; leave --label and --classes out"
         )
     if out is None:
-        out = Path(place.index)
-        if place.is_remote or not os.access(out.parent, os.W_OK):
+        out = Path(data_place.index)
+        if data_place.is_remote or not os.access(out.parent, os.W_OK):
             raise UserError(
                 f"{shards.root}: the index cannot be written there; say where it shall be: "
                 f"dist-trainer shards index '{' '.join(locations)}' --out train{INDEX_SUFFIX}"
@@ -146,18 +146,19 @@ def describe(index: ShardIndex, path: Path) -> str:
 # Where the index is
 
 
-def _existing(place: Place, location: str, storage: Storage, fallback: Path | None) -> Path | None:
+def _existing(data_place: DataPlace, location: str, storage: Storage, fallback: Path | None) -> Path | None:
     """The local file of the index that is there; a remote one is copied. None where there is none."""
     spare = _spare(location, fallback)
-    if place.is_remote:
-        path = _copy(place.index, storage, spare)
-        if path is None and place.shards is None:
-            raise UserError(f"{place.index}: no such index")
+    if data_place.is_remote:
+        path = _copy(data_place.index, storage, spare)
+        if path is None and data_place.shards is None:
+            raise UserError(f"{data_place.index}: no such index")
         return path
-    found = next((path for path in (Path(place.index).expanduser(), spare) if path.is_file()), None)
-    if found is None and place.shards is None:
+    found = next((path for path in (Path(data_place.index).expanduser(), spare) if path.is_file()), None)
+    if found is None and data_place.shards is None:
         raise UserError(
-            f"{place.index}: no such index; make it with: dist-trainer shards index URL... --out {place.index}"
+            f"{data_place.index}: no such index; make it with: "
+            f"dist-trainer shards index URL... --out {data_place.index}"
         )
     return found
 
@@ -197,23 +198,25 @@ def _identity(index: ShardIndex) -> tuple[str, str, tuple[str, ...]]:
     return index.fingerprint, index.root, index.shards
 
 
-def _make(place: Place, location: str, options: Mapping[str, Any] | None, fallback: Path | None) -> tuple[str, str]:
+def _make(
+    data_place: DataPlace, location: str, options: Mapping[str, Any] | None, fallback: Path | None
+) -> tuple[str, str]:
     """Index local tars or an image folder: (the index file, the line that says so)."""
-    assert place.shards is not None  # otherwise it would be there, or refused
-    if place.is_remote:
+    assert data_place.shards is not None  # otherwise it would be there, or refused
+    if data_place.is_remote:
         raise UserError(
             f"{location}: has no index; make it with: dist-trainer shards index '{location}' "
             f"--out train{INDEX_SUFFIX}, and name train{INDEX_SUFFIX} here"
         )
-    out = Path(place.index)
+    out = Path(data_place.index)
     if not os.access(out.parent, os.W_OK):
         out = _spare(location, fallback)
         out.parent.mkdir(parents=True, exist_ok=True)
     index = build_index(
-        rooted(place.shards, out),
+        rooted(data_place.shards, out),
         out,
         rule=LabelRule(),
-        class_names=class_list(place.shards, Storage(options)),
+        class_names=class_list(data_place.shards, Storage(options)),
         num_processes=cores(),
         advice=f"mend them, or see dist-trainer shards index '{location}' --allow_bad N, --label RULE",
     )
@@ -225,6 +228,6 @@ def class_list(shards: ShardSet, storage: Storage) -> Sequence[str]:
     if shards.is_folder:
         return shards.names
     try:
-        return read_classes(f"{shards.root}/{CLASSES}", storage)
+        return read_classes(f"{shards.root}/{CLASSES_FILE}", storage)
     except FileNotFoundError:
         return ()

@@ -149,17 +149,17 @@ class _Scanner:
         if sample.image is None:
             only = f", only {', '.join(sample.suffixes)}" if sample.suffixes else ""
             sample.blame(sample.offset, f"sample {sample.key!r} has no image ({', '.join(IMAGE_SUFFIXES)}){only}")
-        place, text = (sample.offset, b"") if self._rule.kind == "key" else sample.label or (sample.offset, None)
+        offset, text = (sample.offset, b"") if self._rule.kind == "key" else sample.label or (sample.offset, None)
         label = BAD
         if text is None:
             what = f"(.{self._rule.kind}; --label says where labels are)"
-            sample.blame(place, f"sample {sample.key!r} has no label {what}")
+            sample.blame(offset, f"sample {sample.key!r} has no label {what}")
         else:
             try:
                 value = self._rule.read(sample.key, text)
                 label = value if isinstance(value, int) else BAD - 1 - self.names.setdefault(value, len(self.names))
             except ValueError as error:
-                sample.blame(place, f"the label of sample {sample.key!r} {error}")
+                sample.blame(offset, f"the label of sample {sample.key!r} {error}")
         if sample.damaged and (sample.image is None or text is None):
             return  # the rest of it lies in the damaged stretch
         if sample.fault is not None:

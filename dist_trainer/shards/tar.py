@@ -120,16 +120,16 @@ def _next_header(file: BinaryIO, at: int, size: int) -> int | None:
     """Where the next whole header after `at` begins. Those of the time before POSIX, without magic, are not found."""
     for start in range(at, size, _CHUNK):
         chunk = _read(file, start, _CHUNK)
-        place = chunk.find(_MAGIC)
-        while place >= 0:
-            begin = place - _MAGIC_AT
+        found = chunk.find(_MAGIC)
+        while found >= 0:
+            begin = found - _MAGIC_AT
             if begin >= 0 and begin % BLOCK == 0:
                 try:
                     _header(chunk[begin : begin + BLOCK])
                     return start + begin
                 except tarfile.HeaderError:
                     pass
-            place = chunk.find(_MAGIC, place + 1)
+            found = chunk.find(_MAGIC, found + 1)
     return None
 
 

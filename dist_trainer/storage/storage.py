@@ -1,4 +1,4 @@
-"""Local paths and fsspec URLs by one small interface: what a place holds, its size, and some of its bytes.
+"""Local paths and fsspec URLs by one small interface: what a location holds, its size, and some of its bytes.
 
 Every request is retried; what asking again cannot mend (no such file, no access) is raised at once. Credentials are
 the storage packages' own business: they find them in the environment or in their files, and nothing here reads them.
@@ -226,7 +226,7 @@ class _Stream(io.RawIOBase):
 
     def __init__(self, storage: Storage, location: str, size: int) -> None:
         self._storage, self._location, self._size = storage, location, size
-        self._place = 0
+        self._position = 0
         self._chunks: dict[int, Future[bytes]] = {}
 
     def readable(self) -> bool:
@@ -236,21 +236,21 @@ class _Stream(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._place
+        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
-        return self._place
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        if self._place >= self._size:
+        if self._position >= self._size:
             return 0
-        number, skip = divmod(self._place, CHUNK)
+        number, skip = divmod(self._position, CHUNK)
         wanted = [n for n in (number, number + 1) if n * CHUNK < self._size]
         self._chunks = {n: self._chunks.get(n) or self._fetch(n) for n in wanted}
         data = memoryview(self._chunks[number].result())[skip : skip + len(buffer)]
         buffer[: len(data)] = data
-        self._place += len(data)
+        self._position += len(data)
         return len(data)
 
     def _fetch(self, number: int) -> "Future[bytes]":

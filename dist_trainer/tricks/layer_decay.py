@@ -52,8 +52,8 @@ def layers_by_structure(model: nn.Module) -> dict[str, int]:
         layers[-1] |= set(part.parameters())
     layers += [set(part.parameters()) for part in parts[-1:]]
     first = 0 if layers[0] else 1  # a network that begins with a block has no other stem
-    place = {parameter: number for number, layer in enumerate(layers[first:]) for parameter in layer}
-    return {name: place.get(parameter, 0) for name, parameter in model.named_parameters()}
+    depth = {parameter: number for number, layer in enumerate(layers[first:]) for parameter in layer}
+    return {name: depth.get(parameter, 0) for name, parameter in model.named_parameters()}
 
 
 def _children(module: nn.Module) -> list[nn.Module]:
