@@ -31,7 +31,7 @@ def resolve(key: str, name: str, builtin: Mapping[str, Any], kind: str) -> Any:
         )
     module_name, _, attribute = name.partition(":")
     here = str(Path.cwd())
-    if here not in sys.path:  # as `python -m` does; a console script does not
+    if here not in sys.path:  # `python -m` does this; a console script does not
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)

@@ -16,9 +16,8 @@ _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
 
 # First key part of each use, so that two uses with equal numbers never share a stream.
-BLOCKS, WINDOW, FULL, AUGMENT, FLIP, FORWARD, INIT, SPLIT, CROP, STAGE, CLASS_TURN, IN_CLASS, STREAM, DRAW, MIX = range(
-    15
-)
+BLOCKS, WINDOW, FULL, AUGMENT, FLIP, FORWARD, INIT, SPLIT = range(8)
+CROP, STAGE, CLASS_TURN, IN_CLASS, STREAM, DRAW, MIX = range(8, 15)
 
 UInt64 = npt.NDArray[np.uint64]
 
@@ -61,11 +60,11 @@ def uniform(values: npt.NDArray[Any], *parts: int) -> npt.NDArray[np.float64]:
 def permute(
     values: npt.NDArray[np.int64], size: npt.NDArray[np.int64] | int, keys: UInt64 | np.uint64
 ) -> npt.NDArray[np.int64]:
-    """Where `values` of range(size) (int64) go under a permutation of range(size): any part of it, without the rest.
+    """Images of `values` (int64) under a permutation of range(size), computed for these values alone.
 
-    `size` and `keys` (uint64) broadcast against `values`. Twelve half-rounds of a Feistel network over the smallest
-    a x b that covers `size` (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section 4), each adding
-    a hash of one half to the other; what falls outside goes around again.
+    `size` and `keys` (uint64) broadcast against `values`. Twelve half-rounds of a Feistel network over the smallest a x
+    b that covers `size` (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section 4), each adding a
+    hash of one half to the other; values that fall outside go through it again.
     """
     shape = np.broadcast_shapes(np.shape(values), np.shape(size), np.shape(keys))
     x, n, k = (np.broadcast_to(np.asarray(each).astype(np.uint64), shape).ravel() for each in (values, size, keys))

@@ -9,11 +9,11 @@ class UserError(Exception):
 
 
 class LocalError(UserError):
-    """A UserError that this rank alone has met, so this rank has to say it."""
+    """A UserError that only this rank knows of, so this rank has to print it."""
 
 
 class Outage(LocalError):
-    """Storage did not give what it should, after all retries: nothing is wrong with the data, a later try may do."""
+    """Storage failed after all retries. Nothing is wrong with the data; a later attempt may succeed."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -29,5 +29,5 @@ def some(names: Iterable[object], limit: int = 3) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception of another library says, as far as it fits into a message of one line."""
+    """The first line of another library's exception, for a message of one line."""
     return str(error).strip().partition("\n")[0]

@@ -1,8 +1,8 @@
 """World x micro-batch x accumulation = global batch, and durations in steps: the only owner of this arithmetic.
 
-A global batch of G samples is M = G / m slots of m samples (messages call a slot a micro-batch). Rank r of W
-owns slots [r*M//W, (r+1)*M//W) and runs ceil(M/W) forwards; the surplus ones are ghosts: weight 0, no
-batch-norm update, there only so that collectives inside a forward match.
+A global batch of G samples is M = G / m slots of m samples (messages call a slot a micro-batch). Rank r of W owns slots
+[r*M//W, (r+1)*M//W) and runs ceil(M/W) forwards; the surplus ones are ghosts: weight 0, no batch-norm update. They
+exist only so that collectives inside a forward match.
 """
 
 import math
@@ -18,7 +18,7 @@ _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ep|step|sample|%)s?\s*")
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """How many samples stand together."""
+    """Samples per update and per forward."""
 
     global_batch: int = 256
     """Samples per update, on any number of devices."""
@@ -164,10 +164,10 @@ class Plan:
         return slot // (self.num_slots // self.repeats)
 
     def spans(self, step: int, slot: int) -> list[Span]:
-        """Where the m samples of a slot stand in the epochs' orders: one span, or two at the end of an epoch.
+        """The positions of a slot's m samples in the epochs' orders: one span, or two at the end of an epoch.
 
-        There, `mask` fills the slot with the epoch's first samples, which do not count, and `carry` goes on with the
-        next epoch. A pure function of (step, slot): everything that resumes or runs on another world rests on it.
+        There, `mask` fills the slot with the epoch's first samples, which do not count; `carry` continues with the next
+        epoch. A pure function of (step, slot), so that a resumed run and another world see the same samples.
         """
         first = slot % (self.num_slots // self.repeats) * self.micro_batch
         if self.tail == "carry":
@@ -178,13 +178,13 @@ class Plan:
         over = max(start + self.micro_batch - end, 0)
         spans = [Span(epoch, start, start + self.micro_batch - over)] if over < self.micro_batch else []
         if over:
-            skipped = max(start - end, 0)  # a slot that lies wholly past the end
+            skipped = max(start - end, 0)  # a slot that lies entirely past the end
             carried = self.tail == "carry"
             spans.append(Span(epoch + carried, skipped, over, counts=carried))
         return spans
 
     def position(self, num_steps: int) -> int:
-        """Samples consumed by `num_steps` steps, copies counted once: what a checkpoint says of the data."""
+        """Samples consumed by `num_steps` steps, copies counted once: the data's state in a checkpoint."""
         if self.tail == "carry":
             return num_steps * self.samples_per_step
         epochs, steps = divmod(num_steps, self._whole_steps)
@@ -202,7 +202,7 @@ class Plan:
         return duration.amount * per_unit[duration.unit]
 
     def due(self, num_steps: int, every: Duration | None) -> bool:
-        """Whether something that happens `every` so often, and at the end, is due after `num_steps` steps."""
+        """Whether something that happens at this interval, and at the end, is due after `num_steps` steps."""
         if num_steps == self.total_steps:
             return True
         if every is None:
@@ -254,7 +254,7 @@ def make_plan(
         repeats=repeats,
     )
     if duration.unit == "%":
-        raise UserError(f"duration: {duration.amount:g}% has nothing to be a part of; write epochs, steps or samples")
+        raise UserError(f"duration: {duration.amount:g}% is relative to the run itself; write epochs, steps or samples")
     total = math.ceil(plan.steps(duration) - 1e-9)
     if total < 1:
         raise UserError(f"duration: {duration.amount:g}{duration.unit} is less than one step")

@@ -21,7 +21,7 @@ def kind(value: torch.Tensor) -> str:
 
 
 def misfits(found: Mapping[str, str], expected: Mapping[str, str]) -> str:
-    """How `found` differs from `expected` (name -> shape, or type and shape), in part of a line; "" where it does not.
+    """How `found` differs from `expected` (name -> shape, or type and shape), for a message; "" if they are equal.
 
     For example `missing: fc.bias; different: fc.weight (10, 64) for (1000, 64)`.
     """

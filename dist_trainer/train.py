@@ -24,7 +24,7 @@ class RollBack(Exception):
 
 
 def train(run: Run) -> str | None:
-    """Train from where `run` stands to the end. Returns None, or the name of the signal that stopped it before."""
+    """Train to the end of the run. Returns None, or the name of the signal that stopped it before."""
     plan, sums, progress, bad_samples = run.plan, run.sums, run.progress, run.record.bad_samples
     if plan.due(progress.step, run.intervals.eval) and progress.evaluated_step < progress.step:
         validate(run)  # a stop or a failure came between a step and its evaluation
@@ -57,10 +57,10 @@ def train_step(run: Run, step: int, batches: Iterator[Batch]) -> None:
     for batch in record.meter.timed(batches):
         run.sums.add(learner.engine.forward_backward(batch), batch)
     applied = learner.engine.step()  # never with a gradient that is not finite
-    run.sums.exchange(applied)  # asynchronous: takes in the step before
+    run.sums.exchange(applied)  # asynchronous: collects the sum of the step before
     if learner.ema is not None and applied:
         learner.ema.update()
-    if not record.bad_samples.outage:  # otherwise the step is to be done again, with its data
+    if not record.bad_samples.outage:  # otherwise this step is repeated later, with its data
         run.progress.count(applied)
 
 
@@ -92,7 +92,7 @@ def average(run: Run) -> None:
 
 @contextlib.contextmanager
 def scoring(run: Run) -> Iterator[None]:
-    """For scoring weights. Raises UserError, after a save, when they cannot be scored: no training is lost."""
+    """A block that scores weights. If it fails, the run is saved before UserError is raised: no training is lost."""
     try:
         with run.paused("eval"):
             yield
@@ -136,7 +136,7 @@ def not_finite(run: Run) -> None:
         raise RollBack(progress.step)
     advice = "Lower lr, lengthen lr.warmup.duration, or set engine.clip_grad_norm; then start again"
     if policy == "stop":
-        give_up(run, f"its gradient was not finite, and not applied (engine.not_finite: stop). {advice}")
+        give_up(run, f"its gradient was not finite and was not applied (engine.not_finite: stop). {advice}")
     if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise UserError(
             f"step {progress.step}: the gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in a row; none was "
@@ -145,7 +145,7 @@ def not_finite(run: Run) -> None:
 
 
 def give_up(run: Run, reason: str) -> NoReturn:
-    """Save what has been reached, and raise UserError: every rank stops after the same step."""
+    """Save, end the run, and raise UserError: every rank stops after the same step."""
     save(run)
     finish_run(run, reason)
-    raise UserError(f"stopped after step {run.progress.step}, saved; start again to go on: {reason}")
+    raise UserError(f"stopped after step {run.progress.step}, saved; start again to continue: {reason}")

@@ -1,4 +1,4 @@
-"""`augment`: a picture of what the network sees, before augmentation and after, over the run."""
+"""`augment`: a picture of training images before and after augmentation, at several epochs of the run."""
 
 from pathlib import Path
 
@@ -22,7 +22,9 @@ _MARGIN, _LINE = 4, 14
 
 
 def command(argv: list[str]) -> int:
-    parser = new_parser("augment", "A PNG of what the network sees, before augmentation and after, over the run.")
+    parser = new_parser(
+        "augment", "A PNG of training images before and after augmentation, at several epochs of the run."
+    )
     parser.add_argument("--samples", type=int, default=8, help="training samples, one row each")
     parser.add_argument("--out", type=str, default="augment.png", help="the picture")
     config, values = parse_config(parser, argv)
@@ -35,8 +37,8 @@ def command(argv: list[str]) -> int:
 
 
 def augment_grid(config: TrainConfig, num_samples: int, out: Path) -> str:
-    """Write a PNG: a row per training sample, with the image as evaluation takes it, then as it stands in a batch of
-    epochs spread over the run, mixed where mixing is on. Returns a line on it. Raises UserError.
+    """Write a PNG with a row per training sample: as evaluation prepares it, then as training does in several epochs,
+    mixed if mixing is on. Returns a line on it. Raises UserError.
     """
     if num_samples < 1:
         raise UserError(f"--samples: {num_samples} is not positive")
@@ -61,7 +63,7 @@ def augment_grid(config: TrainConfig, num_samples: int, out: Path) -> str:
         kind = "" if not mixed else (" CutMix" if mix.box else " Mixup")  # type: ignore[union-attr]
         titles.append(f"epoch {blueprint.augment.epoch(step)}{kind}")
     _draw(columns, titles, [index.class_names[label] for label in before.labels.tolist()]).save(out)
-    return f"{out}: {num_samples} samples, as evaluation takes them and in {len(steps)} epochs"
+    return f"{out}: {num_samples} samples, as evaluation prepares them and in {len(steps)} epochs"
 
 
 def _draw(columns: list[torch.Tensor], titles: list[str], labels: list[str]) -> Image.Image:

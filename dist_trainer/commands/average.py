@@ -20,7 +20,7 @@ from dist_trainer.tensors import State
 from dist_trainer.tricks.averaging import average
 from dist_trainer.tricks.precise_bn import re_estimate
 
-_NUM_SAMPLES = 8192  # where the config says nothing: an average without statistics of its own says little
+_NUM_SAMPLES = 8192  # if the config sets none: an average needs batch-norm statistics of its own
 
 
 def command(argv: list[str]) -> int:

@@ -1,6 +1,6 @@
-"""`eval --pretrained`: a library's own model on the user's validation set, beside the accuracy that it has elsewhere.
+"""`eval --pretrained`: published weights on the user's validation set, beside their published accuracy.
 
-Are the labels right? A wrong order of the classes is told from a wrong preprocessing by how far apart the two are.
+Are the labels right? A wrong class order gives chance, wrong preprocessing a few percent less.
 """
 
 import re
@@ -20,7 +20,7 @@ from dist_trainer.models.published import Published, chosen, tags_of
 from dist_trainer.run.evaluation import Evaluation
 from dist_trainer.storage.storage import Storage
 
-# What the shorthand stands for: the weights' own preprocessing and precision, whatever a config before it says.
+# The weights' own preprocessing and precision override a config.
 _OWN = ["--data.preprocess=model", "--data.mean=[]", "--data.std=[]", "--data.channels=3", "--eval.resize=null",
         "--eval.crop=null", "--eval.interpolation=auto", "--model.args={}", "--engine.precision=fp32"]  # fmt: skip
 _SLACK = 0.005  # between decoders, resizers and precisions; 0.001 or 0.002 are seen
@@ -61,7 +61,7 @@ class Comparison:
     class_names: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """For the user: our figure, the published one, and what follows from the two."""
+        """For the user: the measured accuracy, the published one, and the verdict."""
         ours, n = self.result.metrics, self.result.num_samples
         lines = [
             f"{self.source}: top-1 {ours['top1']:.2%} ({self.result.correct1}/{n})  "
@@ -79,7 +79,7 @@ class Comparison:
 
 
 def verdict(ours: float, published: float | None, num_samples: int, num_classes: int) -> str:
-    """What top-1 `ours` on so many samples says of their labels, beside `published` on ImageNet's 50,000."""
+    """What top-1 `ours` on `num_samples` samples says about their labels, given `published` on ImageNet's 50,000."""
     chance = 1 / num_classes
     noise = 3 * sqrt(max(ours * (1 - ours), chance) / num_samples)
     if ours <= 5 * chance + noise and (published is None or published > 10 * chance + noise):
@@ -101,13 +101,13 @@ def verdict(ours: float, published: float | None, num_samples: int, num_classes:
 
 
 def order_notes(names: Sequence[str]) -> list[str]:
-    """What the names of the classes say of their order, which has to be that of sorted WordNet ids."""
+    """A line if the class names do not show the order of sorted WordNet ids, which the weights need."""
     if all(_WNID.fullmatch(name) for name in names):
         if list(names) == sorted(names):
             return []
         return ["warning: the class names are WordNet ids, and not sorted: the order of the labels is wrong"]
     what = "have no names" if all(name == str(number) for number, name in enumerate(names)) else "are no WordNet ids"
-    return [f"the classes {what} ({names[0]}, ...), so that their order cannot be held against the weights'"]
+    return [f"the classes {what} ({names[0]}, ...), so their order cannot be compared with the weights'"]
 
 
 def compare(config: TrainConfig, weights: str | None, world: World, terminal: Terminal) -> Comparison:
@@ -117,14 +117,14 @@ def compare(config: TrainConfig, weights: str | None, world: World, terminal: Te
     """
     published = chosen(config.model)
     if published is None:
-        known = ", ".join(tags_of(config.model)) or "none at all"
+        known = ", ".join(tags_of(config.model)) or "none"
         raise UserError(f"--pretrained: {config.model.name} has no weights {config.model.pretrained!r}, but {known}")
     evaluation = Evaluation(config, world, terminal)
     index = evaluation.data.val
     if index.num_classes != published.num_classes:
         raise UserError(
             f"data.val: has {index.num_classes:,} classes, and {published} knows {published.num_classes:,}: its "
-            "logits say nothing of these; fine-tune it instead, with model.pretrained"
+            "logits are for other classes; fine-tune it instead, with model.pretrained"
         )
     model = replace(config.model, pretrained=weights) if weights is not None else config.model
     storage = Storage(config.data.storage_options, config.data.retry)

@@ -12,15 +12,15 @@ from dist_trainer.errors import LocalError, UserError, nearest
 
 USAGE = """usage: dist-trainer COMMAND ...
 
-  train CONFIG.yaml [--key.sub value ...]   train, or go on; evaluates and saves (under torchrun: on all ranks)
+  train CONFIG.yaml [--key.sub value ...]   train, or resume; evaluates and saves (under torchrun: on all ranks)
   eval CONFIG.yaml|RUN [--weights PATH]     exact accuracy of a checkpoint folder or a safetensors file
   eval --pretrained timm/NAME --data.val V  published weights beside their published accuracy: are the labels right?
   average RUN [--top_k K|--last K|--files ...]  one model from several of a run, batch-norm re-estimated
-  plan CONFIG.yaml [--gpus N] [--json]      everything derived, before a node is paid for
-  augment CONFIG.yaml [--samples 8]         a picture of what the network sees, before augmentation and after
+  plan CONFIG.yaml [--gpus N] [--json]      everything that follows from a config, before any compute is used
+  augment CONFIG.yaml [--samples 8]         a picture of training images, before augmentation and after
   shards pack SOURCE OUT                    images -> tars and index; --help lists the kinds of SOURCE
-  shards index URL... [--out NAME.dtx]      the index of tars that are there (a folder, a brace pattern; local or URLs)
-  shards check LOCATION [--level decode]    hold shards against their index; lists bad samples
+  shards index URL... [--out NAME.dtx]      an index of existing tars (a folder, a brace pattern; local or URLs)
+  shards check LOCATION [--level decode]    compare shards with their index; lists bad samples
   ls, cp NAME TARGET                        the shipped configs and scripts
   ls models                                 networks with a short name, and their parameters
 

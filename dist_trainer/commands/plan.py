@@ -19,7 +19,7 @@ from dist_trainer.storage.storage import Storage
 
 
 def command(argv: list[str]) -> int:
-    parser = new_parser("plan", "Everything that follows from a config, before a node is paid for.")
+    parser = new_parser("plan", "Everything that follows from a config, before any compute is used.")
     parser.add_argument("--gpus", type=int | None, default=None, help="ranks; default: what this machine can use")
     parser.add_argument(
         "--samples", type=int | None, default=None, help="size of the training set, where it is not here"

@@ -33,7 +33,7 @@ def command(argv: list[str]) -> int:
         outcome = train_run(config, stem, world, terminal)
         if outcome.stopped_by:
             terminal.say(
-                f"stopped by {outcome.stopped_by} after step {outcome.summary['steps']}, saved; start again to go on"
+                f"stopped by {outcome.stopped_by} after step {outcome.summary['steps']}, saved; start again to continue"
             )
         else:
             title = f"{outcome.folder.path}: {'complete' if outcome.was_complete else 'done'}"

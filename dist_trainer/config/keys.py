@@ -27,7 +27,7 @@ def keys_of(cls: type, prefix: str = "") -> Iterator[str]:
 def check_keys(values: Mapping[str, Any], cls: type = TrainConfig, prefix: str = "") -> None:
     """Raises UserError for the first key that does not exist, with the nearest that does.
 
-    The parser would pass over some (`agrs: {}`) and name others without their place.
+    The parser would accept some misspelt keys (`agrs: {}`) and report others without their parent.
     """
     hints = get_type_hints(cls)
     for key, value in values.items():

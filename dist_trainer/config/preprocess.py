@@ -1,4 +1,4 @@
-"""`data.preprocess`: the keys that say how an image is prepared, filled with what the model's weights were made for."""
+"""`data.preprocess`: fills open preprocessing keys with the values that the model's weights were trained with."""
 
 from dataclasses import replace
 
@@ -11,9 +11,9 @@ _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's trai
 
 
 def resolve_preprocess(config: TrainConfig) -> TrainConfig:
-    """`config` with data.mean, .std, eval.resize, .crop, .interpolation and augment.crop where they were left open.
+    """`config` with data.mean, .std, eval.resize, .crop, .interpolation and augment.crop filled where they are open.
 
-    What is given stays. Raises UserError where the model's library says nothing, or asks for what is not offered.
+    Given values stay. Raises UserError if the model's library publishes none, or asks for something unsupported.
     """
     data, evaluation, crop = config.data, config.eval, config.augment.crop
     weights = None

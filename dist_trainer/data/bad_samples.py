@@ -1,4 +1,4 @@
-"""Bad samples: counted once each over all ranks, listed, and one budget that stops every rank at the same step."""
+"""Bad samples: each counted once over all ranks, listed, and stopped by one budget at the same step on every rank."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ class BadSample:
 
 
 def budget(max_bad: int | str, num_samples: int) -> int:
-    """How many different bad samples a run bears: max(10, N / 10,000) unless the config says."""
+    """How many different bad samples a run tolerates: max(10, N / 10,000) unless the config sets it."""
     return max(10, num_samples // 10_000) if max_bad == "auto" else int(max_bad)
 
 
@@ -43,15 +43,16 @@ def _parsed(line: str) -> dict[str, Any]:
 
 
 class BadSampleLog:
-    """What one run has met. All ranks hold the same state, since all `add` the same lists at the same steps."""
+    """The bad samples that a run has met. All ranks hold the same state, since all `add` the same lists at the same
+    steps."""
 
     def __init__(self, index: ShardIndex, max_bad: int | str, split: str) -> None:
         self.limit = budget(max_bad, len(index))
         self.outage: str | None = None
-        """What a rank said of storage that stays away, once all ranks know it."""
+        """A rank's message about unreachable storage, once all ranks know it."""
         self._index, self._split = index, split
         self._known: dict[int, BadSample] = {}
-        # Accepted when the index was made, so they are not held against the budget.
+        # Accepted when the index was made, so they do not count against the budget.
         self._accepted = {problem.sample for problem in index.problems}
 
     @property
@@ -64,16 +65,16 @@ class BadSampleLog:
         return len(self._known)
 
     def add(self, samples: Iterable[BadSample]) -> list[BadSample]:
-        """Take in what the ranks met; returns what is new, in the order of sample numbers."""
+        """Add what the ranks met; returns the new ones, in the order of sample numbers."""
         found = {bad.sample: bad for bad in samples if bad.sample not in self._known}
         new = [found[sample] for sample in sorted(found)]
         self._known |= {bad.sample: bad for bad in new}
         return new
 
     def write(self, path: Path, samples: Iterable[BadSample]) -> None:
-        """Append to bad_samples.jsonl: one line each, with class and place; none twice, also after a resume.
+        """Append to bad_samples.jsonl: one line each, with class and position; none twice, also after a resume.
 
-        It is a list for people: training goes on where it cannot be written.
+        It is a list for people: training continues if it cannot be written.
         """
         with contextlib.suppress(OSError), path.open("a+") as file:
             file.seek(0)
@@ -102,7 +103,7 @@ class BadSampleLog:
             return None
         return (
             f"{len(counted)} bad samples, over the budget of {self.limit} (data.max_bad): {self.summary(counted)}. "
-            f"Run: dist-trainer shards check {self._index.location}, and mend the shards, or go on with "
+            f"Run: dist-trainer shards check {self._index.location}, and repair the shards, or continue with "
             f"--data.max_bad {2 * len(counted)}"
         )
 
@@ -123,5 +124,5 @@ class BadSampleLog:
         self.add(BadSample(**bad) for bad in state)
 
     def forget(self, is_mended: Callable[[BadSample], bool]) -> None:
-        """Leave out what has been mended since."""
+        """Remove samples that have been repaired since."""
         self._known = {sample: bad for sample, bad in self._known.items() if not is_mended(bad)}

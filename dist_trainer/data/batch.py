@@ -1,4 +1,4 @@
-"""What the loader hands to the loop, and the addresses that it is asked by."""
+"""The batches that the loader gives to the loop, and the addresses that identify them."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,7 +31,7 @@ _SMALL = ("labels", "weight", "ids")
 
 @dataclass
 class Batch:
-    """One micro-batch. `weight` is 0 where a place holds a substitute, NaN throughout where storage gave nothing."""
+    """One micro-batch. `weight` is 0 at the positions of substitutes, and NaN everywhere if storage failed."""
 
     images: torch.Tensor
     """uint8 [m, C, H, W]"""
@@ -45,11 +45,11 @@ class Batch:
     num_valid: int = 0
     """Samples that count: the sum of `weight`, known without asking the device."""
     bad: list[BadSample] = field(default_factory=list)
-    """Samples that should stand here and cannot be used."""
+    """Samples that belong here and cannot be used."""
     problem: str | None = None
-    """A mistake of the user's because of which there is no batch."""
+    """The user's mistake that prevented this batch."""
     outage: str | None = None
-    """Storage that stayed away: this batch must not be trained on, and the step be tried again later."""
+    """Unreachable storage: this batch must not be trained on, and the step is to be repeated later."""
 
     @property
     def ghost(self) -> bool:
@@ -61,7 +61,7 @@ class Batch:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """From a loader process: only the images travel by shared memory, which costs a file descriptor per tensor."""
+        """From a loader process: only the images use shared memory, which costs a file descriptor per tensor."""
         return {name: value.numpy() if name in _SMALL else value for name, value in self.__dict__.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

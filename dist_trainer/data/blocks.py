@@ -1,4 +1,4 @@
-"""Blocks of neighbouring samples: what is fetched and cached at once, and what the order moves as one."""
+"""Blocks of neighbouring samples: the unit of fetching, caching and shuffling."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What the data room is asked for in a config."""
+"""The config of data/."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,11 +20,11 @@ class DataConfig:
     """Validation images, likewise."""
     source: Literal["index", "stream"] = "index"
     """index: every sample exactly once, in one order on any world. stream: training tars (image and .cls) are read from
-    end to end by webdataset; then nothing of that is promised, and data.num_samples must say how many there are."""
+    end to end by webdataset; then none of this is guaranteed, and data.num_samples must give their number."""
     num_samples: int | None = None
     """Training samples, where source is stream."""
     workers: int | Literal["auto"] = "auto"
-    """Loader processes per rank. auto: the cores that this job really has, less one per rank that computes."""
+    """Loader processes per rank. auto: the cores that this job may use, less one per rank."""
     order: Literal["auto", "window", "full", "balanced", "none"] = "auto"
     """window mixes blocks of neighbouring samples, full permutes every sample, balanced shows the classes equally
     often, none keeps the tars' order. auto: full where the tars are sorted by class, otherwise window."""
@@ -35,22 +35,23 @@ class DataConfig:
     channels: Literal[1, 3] = 3
     """Decode to grey (1) or RGB (3)."""
     preprocess: Literal["auto", "imagenet", "model"] = "auto"
-    """What fills the keys that are left open. model: mean, std, eval.resize, eval.crop, augment.crop and their
-    interpolation as the weights need them that timm or torchvision publish for model.name. imagenet: ImageNet's mean
-    and std, no resizing. auto: model where model.pretrained is true or a tag, else imagenet."""
+    """How open keys are filled. model: mean, std, eval.resize, eval.crop, augment.crop and their interpolation as the
+    weights need them that timm or torchvision publish for model.name. imagenet: ImageNet's mean and std, no resizing.
+    auto: model where model.pretrained is true or a tag, else imagenet."""
     mean: list[float] = field(default_factory=list)
     """Per channel, of pixels in [0, 1]; empty: as data.preprocess says."""
     std: list[float] = field(default_factory=list)
     """Per channel, of pixels in [0, 1]; empty: as data.preprocess says."""
     max_bad: int | Literal["auto"] = "auto"
-    """Stop when more different samples than this turned out bad. auto: one in 10,000, at least 10."""
+    """Stop when more different samples than this were bad. auto: one in 10,000, at least 10."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     retry: RetryConfig = field(default_factory=RetryConfig)
     storage_options: dict[str, Any] = field(default_factory=dict)
-    """For fsspec, such as {endpoint_url: ...}. No secrets: they belong into the environment or ~/.aws and the like."""
+    """For fsspec, such as {endpoint_url: ...}. No secrets: they belong in the environment or in files such as ~/.aws.
+    """
 
     def check(self) -> None:
-        """Raises UserError for values that cannot be."""
+        """Raises UserError for impossible values."""
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values and len(values) != self.channels:

@@ -29,7 +29,7 @@ def decode(data: bytes, channels: int) -> torch.Tensor:
         return _by_pillow(data, channels)
     try:
         pixels = _torchvision()(torch.frombuffer(bytearray(data), dtype=torch.uint8), channels)
-        if pixels.dim() == 3 and len(pixels) == channels:  # not an animation, nor WebP in colour where grey was asked
+        if pixels.dim() == 3 and len(pixels) == channels:  # no animation, no colour WebP where grey was asked for
             return pixels
     except (RuntimeError, ValueError):
         pass
@@ -38,7 +38,7 @@ def decode(data: bytes, channels: int) -> torch.Tensor:
 
 @cache
 def _torchvision() -> Callable[[torch.Tensor, int], torch.Tensor]:
-    """(encoded, channels) -> pixels. Imported when it is needed: that costs a loader process two seconds."""
+    """(encoded, channels) -> pixels. Imported on first use: that takes a loader process two seconds."""
     from torchvision.io import ImageReadMode
 
     modes = {1: ImageReadMode.GRAY.value, 3: ImageReadMode.RGB.value}
@@ -82,7 +82,7 @@ def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str = "bil
 
 
 def decoder_line() -> str:
-    """Which decoder reads crops of JPEGs, and why: for the user, once at the start."""
+    """A line for the user: which decoder reads crops of JPEGs, and why."""
     if jpeg_region.is_available:
         return f"JPEG: region decode, {jpeg_region.version}"
-    return f"JPEG: torchvision, whole images; region decode is not there: {jpeg_region.version}"
+    return f"JPEG: torchvision, whole images; no region decode: {jpeg_region.version}"

@@ -1,4 +1,4 @@
-"""The index of a set of images: after it is built, every sample is one positioned read.
+"""The index of a set of images. With it, every sample is one positioned read.
 
 One safetensors file, mapped into memory. Per sample 24 bytes (31 MB for ImageNet): offset and length of the image
 inside its shard, label, crc32, width and height. Per shard: the number of its first sample, its size, its time of
@@ -28,12 +28,12 @@ SAMPLE = np.dtype(
     [("offset", "<u8"), ("length", "<u4"), ("label", "<i4"), ("crc32", "<u4"), ("width", "<u2"), ("height", "<u2")]
 )
 BAD = -1
-"""The label of a sample that is known to be bad: it keeps its place, and counts nothing in training."""
+"""The label of a sample that is known to be bad: it keeps its number and does not count in training."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong in a shard: at which byte, and what. `sample` is its number in the index, where it has one."""
+    """A fault in a shard: its byte and its description. `sample` is its number in the index, if it has one."""
 
     shard: str
     offset: int
@@ -58,9 +58,9 @@ class ShardIndex:
     samples: npt.NDArray[np.void]
     class_names: tuple[str, ...]
     label_rule: str = "cls"
-    """Where the labels were found, as `shards index --label` has it."""
+    """Where the labels are, as `shards index --label` writes it."""
     problems: tuple[Problem, ...] = ()
-    """Bad samples that were accepted when the index was built; each has a place with the label BAD."""
+    """Bad samples that were accepted when the index was built; each has a row with the label BAD."""
     names: npt.NDArray[np.uint8] | None = None
     """UTF-8 file names of an image folder's samples, end to end; None for tars."""
     name_ends: npt.NDArray[np.uint64] | None = None
@@ -72,7 +72,7 @@ class ShardIndex:
 
     @property
     def location(self) -> str:
-        """What to name it by in a message: its file, or where its shards are."""
+        """Its name in messages: its file, or the location of its shards."""
         return self.path or self.root
 
     @property
@@ -87,7 +87,7 @@ class ShardIndex:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what the samples are, independent of where they lie."""
+        """SHA-256 of the samples, independent of their location."""
         digest = hashlib.sha256(str(VERSION).encode())
         for array in (self.samples, self.first, self.sizes):
             digest.update(np.ascontiguousarray(array).view(np.uint8).data)
@@ -148,7 +148,7 @@ class ShardIndex:
     def load(cls, path: Path, *, verify: bool = True) -> "ShardIndex":
         """Map an index into memory. Raises UserError for one that is damaged; `verify` reads all of it for that.
 
-        Shards are not looked at; sources.py does.
+        Shards are not checked; shards/prepare.py does that.
         """
         try:
             metadata, arrays = _map(path)
@@ -179,7 +179,7 @@ class ShardIndex:
         return index
 
     def expect(self, fingerprint: str) -> "ShardIndex":
-        """This index. Raises LocalError when it is another one than that of the rank that looked at it first."""
+        """This index. Raises LocalError if it differs from the one that rank 0 opened."""
         if self.fingerprint != fingerprint:
             raise LocalError(f"{self.path}: is not the index that this run started with; start again")
         return self

@@ -1,4 +1,4 @@
-"""The region decoder in C (jpeg_region.c), where it was built: at install time, with a compiler and jpeglib.h."""
+"""The region decoder in C (jpeg_region.c), if it was built: at install time, with a compiler and jpeglib.h."""
 
 import ctypes
 from pathlib import Path
@@ -37,8 +37,8 @@ is_available = _library is not None
 def decode_region(data: bytes, channels: int, box: tuple[int, int, int, int]) -> torch.Tensor | None:
     """uint8 [channels, height, width] of the box (left, top, width, height), the bits of a full decode.
 
-    A view of memory that is [height, width, channels]. None for what has to be left to another decoder:
-    damaged data, CMYK, no JPEG, a box that leaves the image. Holds no lock meanwhile.
+    A view of memory that is [height, width, channels]. None where another decoder is needed: damaged data, CMYK, no
+    JPEG, a box that leaves the image. Releases Python's lock.
     """
     if _library is None:
         return None

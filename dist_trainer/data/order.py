@@ -25,7 +25,7 @@ Kind = Literal["window", "full", "balanced", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class OrderSpec:
-    """What the order depends on besides the epoch and the shards' sizes. Part of a checkpoint."""
+    """The parameters of an order, besides the epoch and the shards' sizes. Part of a checkpoint."""
 
     seed: int
     lanes: int
@@ -126,7 +126,7 @@ class EpochOrder:
             stop = min((number + 1) * self._spec.window - int(self._shift[lane]), end - base)
             ids = self._blocks(base + begin, base + stop)
             live = (begin, ids[permutation(len(ids), WINDOW, self._spec.seed, self._epoch, lane, number)])
-            # This one and the next, which is looked ahead to.
+            # This one and the next, which is prefetched.
             for other in [each for each in self._live if each[0] == lane and not 0 <= number - each[1] <= 1]:
                 del self._live[other]
             self._live[lane, number] = live

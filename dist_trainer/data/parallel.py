@@ -1,4 +1,4 @@
-"""Work over many shards at once: processes that nothing outlives, and how far they are."""
+"""Work over many shards in parallel: processes that end with this one, and their progress."""
 
 import signal
 import threading
@@ -19,13 +19,13 @@ from dist_trainer.errors import UserError
 T = TypeVar("T")
 R = TypeVar("R")
 
-_LONG = 60  # seconds; from there on a log is told how long it will take
+_LONG = 60  # seconds; after that a log gets a line with the time left
 
 
 def in_processes(work: Callable[[T], R], items: Sequence[T], processes: int) -> Generator[tuple[int, R], None, None]:
-    """(number of the item, `work(item)`), as they get done; in this process where one is enough.
+    """(number of the item, `work(item)`) in the order of completion; in this process if one is enough.
 
-    Raises what `work` raises, and UserError when a process is killed. Close it where it is left early.
+    Raises what `work` raises, and UserError when a process is killed. Close the generator if you leave it early.
     """
     futures: dict[Future[R], int] = {}
     if processes <= 1 or len(items) <= 1:
@@ -39,23 +39,24 @@ def in_processes(work: Callable[[T], R], items: Sequence[T], processes: int) -> 
         for future in as_completed(futures):
             yield futures.pop(future), future.result()
     except BrokenProcessPool:
-        raise UserError("a process was killed, perhaps for want of memory; try fewer --processes") from None
+        raise UserError("a process was killed, perhaps for lack of memory; try fewer --processes") from None
     finally:
-        if futures:  # nobody waits for what is still at work
+        if futures:  # do not wait for unfinished work
             for process in set(active_children()) - others:
                 process.kill()
         pool.shutdown(cancel_futures=True)
 
 
 def as_worker(number: int = 0) -> None:
-    """A worker outlives neither its parent nor a signal: Slurm and Ctrl-C signal every process of a job."""
+    """Set up a worker: it ends with its parent, and ignores signals, since Slurm and Ctrl-C signal every process of a
+    job."""
     die_with_parent(signal.SIGKILL)
     for name in STOP_SIGNALS:
         signal.signal(signal.Signals[name], signal.SIG_IGN)
 
 
 def start_resource_tracker() -> None:
-    """Start multiprocessing's helper so that it lives through SIGUSR1 as it does through SIGTERM and SIGINT.
+    """Start multiprocessing's helper so that it survives SIGUSR1, as it does SIGTERM and SIGINT.
 
     Slurm signals every process of a job; without its helper, each semaphore ends in a traceback.
     """
@@ -67,9 +68,9 @@ def start_resource_tracker() -> None:
 
 @contextmanager
 def progress(title: str, total: int, *, in_bytes: bool, say: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; in a log, now and then a line that says how long it will take. Gives what counts the work.
+    """A progress bar on a terminal; in a log, lines with the time left. Yields a function that counts finished work.
 
-    The first after a second, then ever less often, none for what is nearly done.
+    The first line comes after a second, then at growing intervals, none when the work is nearly done.
     """
     console = Console(stderr=True)
     amount = DownloadColumn() if in_bytes else MofNCompleteColumn()

@@ -1,8 +1,8 @@
-"""Encoded images by sample number: one positioned read each, held against the index's checksum.
+"""Encoded images by sample number: one positioned read each, checked against the index's crc32.
 
-Three ways, chosen once. Local files are read where they are. What comes over the network is fetched in blocks of
-neighbouring samples and kept on the node (cache.py). Orders without locality, when the set is larger than the cache,
-fetch single samples instead: a block per sample would be 64 times the bytes.
+There are three ways, chosen once. Local files are read directly. Remote samples are fetched in blocks of neighbours and
+cached on the node (storage/cache.py). Orders without locality fetch single samples if the set is larger than the cache:
+a block per sample would be 64 times the bytes.
 """
 
 import contextlib
@@ -80,12 +80,12 @@ class Reader:
 
     @property
     def retries(self) -> int:
-        """Requests that failed and were made again, so far."""
+        """Requests that were repeated so far."""
         return self._storage.retries
 
     @property
     def bytes_fetched(self) -> int:
-        """Bytes that came from where the samples lie, so far. Local files that are not cached count nothing."""
+        """Bytes read from the samples' storage so far. Uncached local files do not count."""
         return self._storage.bytes_read
 
     @cached_property
@@ -114,9 +114,9 @@ class Reader:
         return {problem.sample: problem.reason for problem in self._index.problems if problem.sample is not None}
 
     def read(self, ids: Ids) -> list[bytes | Bad]:
-        """The encoded image of each id, in their order; Bad for a sample that is not what was indexed.
+        """The encoded image of each id, in their order; Bad for a sample that differs from the index.
 
-        Raises Outage for storage that stays away, LocalError, naming the sample, for a file that is gone or closed.
+        Raises Outage for unreachable storage, and LocalError, naming the sample, for a missing or unreadable file.
         """
         rows = self._index.samples[ids]
         labelled = rows["label"] != BAD
@@ -133,13 +133,13 @@ class Reader:
         return self._read_local(ids.tolist(), shards, *columns)
 
     def blocks_of(self, ids: Ids) -> list[int]:
-        """The blocks that hold `ids`, each once, in the order in which they are met."""
+        """The blocks that hold `ids`, each once, in order of first use."""
         return list(dict.fromkeys(self._blocks.of(ids).tolist()))
 
     def prefetch(self, blocks: Iterable[int]) -> None:
         """Fetch `blocks` into the cache in the background, in this order.
 
-        Never raises: what fails is fetched again, and said, when it is needed.
+        Never raises: a block that fails is fetched again, and reported, when it is needed.
         """
         if self.is_cached and self._whole:
             self._prefetcher.add(blocks)
@@ -147,7 +147,7 @@ class Reader:
     def _read_local(
         self, samples: list[int], shards: list[int], lengths: list[int], offsets: list[int], crcs: list[int]
     ) -> list[bytes | Bad]:
-        """Local files where they are: one pread each."""
+        """Read local files: one pread each."""
         folder = self._index.names is not None
         data: list[bytes | Bad] = []
         for sample, shard, length, offset, crc32 in zip(samples, shards, lengths, offsets, crcs, strict=True):
@@ -162,7 +162,7 @@ class Reader:
     def _read_cached(
         self, ids: Ids, shards: list[int], lengths: list[int], offsets: list[int], crcs: list[int]
     ) -> list[bytes | Bad]:
-        """From cached blocks; what is missing is fetched, all blocks at the same time."""
+        """Read from cached blocks; missing blocks are fetched in parallel."""
         samples = ids.tolist()
         data = [b""] * len(samples)
         missing: dict[int, list[int]] = {}
@@ -193,16 +193,16 @@ class Reader:
         ]
 
     def _again(self, sample: int) -> bytes | Bad:
-        """One more read for bytes that are not those indexed, past the cache and past open files."""
+        """Read once more, without the cache and open files, if the bytes differ from the index."""
         data = self._source(sample)
         if zlib.crc32(data) != self._index.samples["crc32"][sample]:
             return Bad("crc", "the bytes are not those that were indexed")
-        if self.is_cached:  # then the cached block is to blame
+        if self.is_cached:  # then the cached block was wrong
             self._cache.drop(self._block(int(self._blocks.of(np.array([sample]))[0])).name)
         return data
 
     def _source(self, sample: int) -> bytes:
-        """The bytes of one sample from where it lies; fewer where a local file ends before."""
+        """The bytes of one sample from its storage; fewer if a local file ends before."""
         row = self._index.samples[sample]
         shard = int(self._index.shard_of(np.array([sample]))[0])
         start = 0 if self._index.names is not None else int(row["offset"])
@@ -226,13 +226,13 @@ class Reader:
         return _Block(shard, first, stop, start, length, f"{self._index.fingerprint[:16]}-{shard}-{number}")
 
     def _offset_in(self, block: _Block, sample: int, offset: int) -> int:
-        """Where in its block a sample begins."""
+        """The offset of a sample in its block."""
         if self._index.names is None:
             return offset - block.start
         return int(self._index.samples["length"][block.first : sample].sum(dtype=np.int64))
 
     def _fetch(self, block: _Block) -> bytes | None:
-        """A whole block, from the cache or else into it; None where a local tar ends before."""
+        """A whole block, from the cache or fetched into it; None if a local tar ends before."""
         location = self._index.shard_path(block.shard)
 
         def source() -> bytes:
@@ -278,7 +278,7 @@ class _Descriptors:
 
 
 class _Prefetcher:
-    """Block numbers that were asked for, worked off in that order by a few daemon threads."""
+    """A queue of block numbers, processed by a few daemon threads."""
 
     def __init__(self, fetch: Callable[[int], None]) -> None:
         self._fetch = fetch
@@ -301,7 +301,7 @@ class _Prefetcher:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue)
                 block = self._queue.popleft()
-            with contextlib.suppress(Exception):  # said when the block is needed
+            with contextlib.suppress(Exception):  # reported when the block is needed
                 self._fetch(block)
             with self._changed:
                 self._pending.discard(block)

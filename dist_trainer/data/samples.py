@@ -33,13 +33,13 @@ class _Samples(Dataset[Batch]):
             index, options=config.storage_options, retry=config.retry, cache=config.cache, whole_blocks=whole_blocks
         )
         self._shape: tuple[int, ...] | None = None
-        """Of every image, once it is known."""
+        """The shape of every image, once it is known."""
         self._outage: str | None = None
-        """Storage that stayed away: it is not waited for at every batch of the step that is given up."""
+        """The message of an outage. Further batches of the same step do not wait for the storage again."""
 
     @property
     def is_cached(self) -> bool:
-        """Whether samples come by way of the node's cache."""
+        """Whether samples come through the node's cache."""
         return self._reader.is_cached
 
     def _samples_at(self, address: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -84,8 +84,8 @@ class _Samples(Dataset[Batch]):
         return batch
 
     def _without_data(self, batch: Batch) -> None:
-        """What stands for a batch while storage is away; no step is taken with it."""
-        if self._shape is None:  # nothing was ever read: there is no run to save
+        """Fill a batch without data during an outage; no step is taken with it."""
+        if self._shape is None:  # nothing was read yet: there is no run to save
             batch.problem = self._outage
             return
         batch.outage = self._outage
@@ -94,10 +94,10 @@ class _Samples(Dataset[Batch]):
         batch.images = torch.zeros((len(batch.ids), *self._shape), dtype=torch.uint8)
 
     def _prefetch(self, address: Any) -> None:
-        """Have fetched what will be needed."""
+        """Fetch in the background what will be needed."""
 
     def _staged(self, ids: np.ndarray, data: list[Encoded], keys: UInt64, labels: np.ndarray) -> list[Encoded]:
-        """`data` behind the user's stages, which see no bad samples; sets `labels` (int64 [m]) to what they say."""
+        """`data` after the user's stages, which see no bad samples; `labels` (int64 [m]) take the stages' classes."""
         good = [position for position, each in enumerate(data) if not isinstance(each, Bad)]
         samples: list[Sample] = [
             {"__key__": int(ids[p]), "__split__": self._split, "image": data[p], "cls": int(labels[p])} for p in good
@@ -106,11 +106,11 @@ class _Samples(Dataset[Batch]):
         for position, sample in zip(good, self._stages(samples, keys[good]), strict=True):
             image, labels[position] = self._returned(sample)
             is_new = isinstance(image, bytes) and image is not data[position]
-            data[position] = self._decode(image) if is_new else image  # the index knows the size of the original alone
+            data[position] = self._decode(image) if is_new else image  # the index knows only the original's size
         return data
 
     def _returned(self, sample: Sample) -> tuple[bytes | torch.Tensor, int]:
-        """Image and class of what the stages made of a sample. Raises UserError for what cannot be."""
+        """Image and class after the stages. Raises UserError for impossible values."""
         image, label = sample.get("image"), sample.get("cls")
         if isinstance(image, np.ndarray):
             image = torch.as_tensor(image)
@@ -139,7 +139,7 @@ class _Samples(Dataset[Batch]):
             return Bad("decode", str(error))
 
     def _substitute(self, batch: Batch, rows: list[torch.Tensor | Bad]) -> None:
-        """Bad samples lose their weight and take pixels and label of the nearest good one before, in a circle."""
+        """Bad samples get weight 0 and the pixels and label of the nearest good sample before them, cyclically."""
         good = [position for position, row in enumerate(rows) if not isinstance(row, Bad)]
         if len(good) == len(rows):
             return
@@ -147,7 +147,7 @@ class _Samples(Dataset[Batch]):
         for position, row in enumerate(rows):
             if isinstance(row, Bad):
                 sample = int(batch.ids[position])
-                if weight[position]:  # else it only fills, and counts where it stands for itself
+                if weight[position]:  # otherwise it only fills the batch, and is reported elsewhere
                     batch.bad.append(BadSample.of(self._index, sample, row))
                 weight[position] = 0.0
         for position, row in enumerate(rows):
@@ -180,7 +180,7 @@ class _Samples(Dataset[Batch]):
 
 
 def _allocate(shape: tuple[int, ...]) -> torch.Tensor:
-    """uint8; in a loader process in shared memory, where the batch has to go anyway."""
+    """uint8; in a loader process in shared memory, which the batch needs anyway."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(int(np.prod(shape)))  # type: ignore[no-untyped-call]
@@ -188,26 +188,26 @@ def _allocate(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _fits_cache(index: ShardIndex, config: DataConfig) -> bool:
-    """Whether whole blocks are worth fetching though samples are asked for at random: they all can stay."""
+    """Whether the cache can hold all samples, so that whole blocks are worth fetching for random reads."""
     return int(index.sizes.sum()) <= config.cache.size_bytes
 
 
 class _Augmented(_Samples):
-    """Training samples: cropped, mirrored and transformed as their keys say."""
+    """Training samples, cropped, mirrored and transformed by their keys."""
 
     def __init__(self, index: ShardIndex, augment: Augment, config: DataConfig, *, in_blocks: bool) -> None:
-        """`in_blocks`: whether neighbours are asked for soon, so that whole blocks are worth fetching."""
+        """`in_blocks`: whether neighbours are read soon, so that whole blocks are worth fetching."""
         super().__init__(index, config, "train", whole_blocks=in_blocks or _fits_cache(index, config))
         self._augment = augment
         self._shape = self._shape_at(augment.last_step)
 
     def _shape_at(self, step: int) -> tuple[int, ...] | None:
-        """Of every image of a step, where that is known beforehand."""
+        """The shape of a step's images, if it is known beforehand."""
         size = self._augment.size(step) if self._augment.sizes else None
         return None if size is None else (self._channels, size, size)
 
     def _step(self, address: Any) -> int:
-        """The step whose epoch says how far augmentation has come."""
+        """The step whose epoch sets the strength of augmentation."""
         raise NotImplementedError
 
     def _images(self, address: Any, ids: np.ndarray, data: list[Encoded], keys: UInt64) -> list[torch.Tensor | Bad]:
@@ -237,7 +237,7 @@ class _Augmented(_Samples):
             image = resize(image, (size, size), self._augment.interpolation)
         try:
             image = self._augment.transform(image, key, step)
-        except Exception as error:  # a transform of the user's may raise anything
+        except Exception as error:  # a user's transform may raise anything
             raise UserError(
                 f"augment.transforms: {self._index.describe(sample)}: {type(error).__name__}: {error}"
             ) from None
@@ -266,7 +266,7 @@ class TrainSamples(_Augmented):
         if self._spec.kind == "balanced":
             self._classes = self._classes or ClassOrder(self._index.samples["label"], self._spec.seed)
             return self._classes.ids(epoch, start, stop)
-        if epoch not in self._orders:  # two at most: the one that runs out and the one that is looked ahead to
+        if epoch not in self._orders:  # two at most: the current one and the one that is prefetched
             self._orders = {each: order for each, order in self._orders.items() if each == epoch - 1}
             self._orders[epoch] = EpochOrder(self._index.counts, self._spec, epoch)
         return self._orders[epoch].ids(start, stop)
@@ -283,7 +283,7 @@ class TrainSamples(_Augmented):
         return address.step
 
     def _prefetch(self, address: SlotAddress) -> None:
-        """With the blocks of the same slot one window later, since a slot stays on its lanes."""
+        """Fetch the blocks of the same slot one window later: a slot stays on its lanes."""
         if self._reader.is_cached and self._spec.kind == "window" and not address.ghost:
             step = address.step + self._spec.window // self._spec.chunk
             if step < self._plan.total_steps:
@@ -318,7 +318,7 @@ class EvalSamples(_Samples):
 
 
 def drawn(index: ShardIndex, num_samples: int, seed: int) -> np.ndarray:
-    """Sample ids (int64 [num_samples]) of a draw without repetition, the same whenever and wherever it is made."""
+    """Sample ids (int64 [num_samples]) drawn without repetition: a pure function of index size and seed."""
     return permute(np.arange(num_samples) % len(index), len(index), np.uint64(key(DRAW, seed)))
 
 

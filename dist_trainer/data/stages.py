@@ -18,9 +18,9 @@ Sample = dict[str, Any]
 
 
 class Stages:
-    """`data.stages`: each a function from Sample to Sample; none may be dropped, added or put elsewhere.
+    """`data.stages`: each a function from Sample to Sample that neither drops, adds nor reorders samples.
 
-    Python's, NumPy's and torch's random numbers are seeded by the sample's key while its stages run, and put back.
+    Python's, NumPy's and torch's generators are seeded by the sample's key while its stages run, and restored.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -41,8 +41,8 @@ class Stages:
         return self._functions
 
     def __call__(self, samples: Sequence[Sample], keys: UInt64) -> list[Sample]:
-        """The samples behind all stages, in order. Raises UserError for a stage that fails or loses a sample."""
-        import webdataset  # where there are stages
+        """The samples after all stages, in order. Raises UserError for a stage that fails or loses a sample."""
+        import webdataset  # only if there are stages
 
         seeds = hashes(keys, STAGE).tolist()
 
@@ -57,7 +57,7 @@ class Stages:
         try:
             with random_state_kept():
                 done = list(pipeline)
-        except Exception as error:  # a stage of the user's may raise anything
+        except Exception as error:  # a user's stage may raise anything
             raise UserError(f"data.stages: {type(error).__name__}: {error}") from None
         before = [sample["__key__"] for sample in samples]
         after = [sample.get("__key__") if isinstance(sample, dict) else None for sample in done]
@@ -70,7 +70,7 @@ class Stages:
 
 
 def seed_all(seed: int) -> None:
-    """Python's, NumPy's and torch's random numbers, for code of the user's that may draw any of them."""
+    """Seed Python's, NumPy's and torch's generators, for user code that may draw from any of them."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)

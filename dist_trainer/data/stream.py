@@ -1,7 +1,7 @@
 """Slots to batches. A batch is a pure function of its address; ranks and loader workers only divide the addresses.
 
-Nothing here counts, remembers or shuffles per rank: torch's DataLoader hands addresses to workers in turn and gives
-their batches back in order, and after a restart the loop asks for the next address.
+There is no state per rank: torch's DataLoader gives addresses to workers in turn and returns their batches in order.
+After a restart the loop asks for the next address.
 """
 
 from collections.abc import Iterable, Iterator
@@ -75,7 +75,7 @@ def _on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch
 
 
 def _arrived(batch: Batch, done: torch.Event) -> Batch:
-    """The stream that computes waits for the copy, and its memory is not given away before the stream is through."""
+    """Make the compute stream wait for the copy, and keep the memory until that stream has used it."""
     current = torch.accelerator.current_stream(batch.images.device)
     current.wait_event(done)
     for tensor in (batch.images, batch.labels, batch.weight):
@@ -91,13 +91,13 @@ def _checked(batch: Batch) -> Batch:
 
 
 def order_samples(index: ShardIndex, kind: Kind, seed: int) -> int:
-    """Samples in one epoch of an order: all, or as many as are a multiple of the classes when they are balanced."""
+    """Samples in one epoch of an order: all; if balanced, the largest multiple of the number of classes."""
     return ClassOrder(index.samples["label"], seed).size if kind == "balanced" else len(index)
 
 
 @dataclass(frozen=True)
 class _TrainAddresses:
-    """What one rank runs, step by step: its slots, then ghosts (its last slot again), `plan.forwards` in all."""
+    """The addresses of one rank, step by step: its slots, then ghosts (its last slot again), `plan.forwards` in all."""
 
     plan: Plan
     rank: int
@@ -112,7 +112,7 @@ class _TrainAddresses:
 
 
 class TrainStream:
-    """This rank's training batches, step by step, from any step on."""
+    """This rank's training batches, from any step on."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class TrainStream:
             self._sample_bytes = int(index.sizes.sum()) / len(index)
 
     def warning(self, config: DataConfig) -> str | None:
-        """A line for a cache that cannot hold what this node's ranks read at a time: two windows of each lane."""
+        """A warning if the cache cannot hold two windows of each lane of this node's ranks."""
         if not (isinstance(self.spec, OrderSpec) and self.spec.kind == "window" and self._is_cached):
             return None
         lanes = self.spec.lanes * self._world.local_size / self._world.size
@@ -184,7 +184,7 @@ class _EvalAddresses:
 
 
 class _FixedBatches:
-    """This rank's share of `num_batches` batches, the same at every iteration. Loader workers stay alive between."""
+    """This rank's share of `num_batches` batches, the same at every iteration. Loader workers stay alive in between."""
 
     def __init__(self, samples: Dataset[Batch], num_batches: int, size: int, config: DataConfig, world: World) -> None:
         self._device = world.device
@@ -220,7 +220,7 @@ class EvalStream(_FixedBatches):
 
 
 class FixedSampleStream(_FixedBatches):
-    """`num_batches` micro-batches of `size` training samples, drawn once for all; under either transform."""
+    """`num_batches` micro-batches of `size` training samples, drawn once; under either transform."""
 
     def __init__(
         self,

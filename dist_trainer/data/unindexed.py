@@ -1,4 +1,4 @@
-"""Training tars without an index, read from end to end by webdataset: convenient, and nothing more is promised."""
+"""Training tars without an index, read sequentially by webdataset: convenient, with few guarantees."""
 
 import random
 import tarfile
@@ -23,8 +23,8 @@ from dist_trainer.errors import UserError
 from dist_trainer.storage.storage import Storage
 
 SAID = (
-    "data.source: stream: not guaranteed are: each sample once an epoch, the same order on another world or after a "
-    "restart, equal shares of the shards, and that damaged tars or images are noticed"
+    "data.source: stream: these are not guaranteed: each sample once an epoch, the same order on another world or "
+    "after a restart, equal shares of the shards, and that damaged tars or images are noticed"
 )
 _SHUFFLE = 1000  # samples in webdataset's buffer, per reader
 _IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -32,14 +32,14 @@ _IMAGES = ("jpg", "jpeg", "png", "webp")
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """What such a run's order depends on. Part of a checkpoint."""
+    """The parameters of such a run's order. Part of a checkpoint."""
 
     seed: int
     kind: str = "stream"
 
 
 class TarStream(IterableDataset[Batch]):
-    """Batches for addresses, of whatever samples come next. Each reader has shards of its own where they suffice."""
+    """Batches for addresses, from whatever samples come next. Each reader has its own shards if there are enough."""
 
     def __init__(
         self, config: DataConfig, num_classes: int, augment: Augment, batch: int, seed: int, rank: int, world: int
@@ -55,12 +55,12 @@ class TarStream(IterableDataset[Batch]):
             raise UserError(f"data.train: {config.train!r} names no tars; give a folder of them or a brace pattern")
 
     def serve(self, addresses: Iterable[SlotAddress]) -> "TarStream":
-        """Set what the next iteration serves."""
+        """Set the addresses of the next iteration."""
         self._addresses = addresses
         return self
 
     def _shards(self, reader: int, readers: int, start: int) -> Iterator[dict[str, Any]]:
-        """Opened tars without end; each pass in another order, which also depends on where the run goes on."""
+        """An endless sequence of opened tars. The order differs between passes and depends on the step of a resume."""
         storage = Storage(self._config.storage_options, self._config.retry)
         number = 0
         while True:

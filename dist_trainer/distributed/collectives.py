@@ -1,4 +1,4 @@
-"""The few collectives that are not the engine's: JSON, tensors, work on rank 0, packed sums."""
+"""Collectives outside the engine: JSON, tensors, work on rank 0, packed sums."""
 
 import contextlib
 import json
@@ -45,7 +45,7 @@ def gather_json(world: World, value: Any) -> list[Any]:
 
 
 def broadcast_tensors(world: World, tensors: Iterable[torch.Tensor]) -> None:
-    """Rank 0's values in every rank's `tensors` (in place, the same shapes and order everywhere), by the host."""
+    """Copy rank 0's values into every rank's `tensors` (in place; equal shapes and order), through the host."""
     if world.size == 1:
         return
     for tensor in tensors:
@@ -108,9 +108,9 @@ def on_main(world: World, work: Callable[[], T]) -> T:
 class PackedSum:
     """One asynchronous float64 sum over the ranks per step, collected one step later.
 
-    `launch` starts the sum of a vector; `collect` waits for it and returns it with the first `head` entries as
-    Python floats. On CUDA the head is copied to the host behind the collective on a stream of its own, so that
-    reading it waits for the collective alone and not for the step that was launched after it.
+    `launch` starts the sum of a vector; `collect` waits for it and returns it with the first `head` entries as Python
+    floats. On CUDA the head is copied to the host on a side stream after the collective, so reading it waits for the
+    collective and not for the step that was launched after it.
     """
 
     def __init__(self, head: int, device: torch.device) -> None:
@@ -129,7 +129,7 @@ class PackedSum:
         work = dist.all_reduce(vector, async_op=True)
         head, event = vector[: self._head], None
         if self._side is None:
-            # gloo's threads need the cores that compute: beside a forward the same sum took 1.5 ms instead of 0.4.
+            # gloo's threads compete with the forward for cores: overlapped, the same sum took 1.5 ms instead of 0.4.
             work.wait()
         else:
             with torch.cuda.stream(self._side):

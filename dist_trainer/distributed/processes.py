@@ -1,4 +1,4 @@
-"""This process and its children: cores, signals, and an end that is shared. Without torch: workers start at once."""
+"""This process and its children: cores, signals, ending together. No torch here, so that workers start fast."""
 
 import contextlib
 import ctypes
@@ -10,7 +10,7 @@ STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
 def cores() -> int:
-    """The cores that this process may use, which under Slurm or a container are fewer than the machine has."""
+    """The number of cores that this process may use. Under Slurm or in a container it is less than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -22,9 +22,9 @@ def die_with_parent(signum: int) -> None:
 
 
 class StopRequest:
-    """Whether somebody asked this process to stop: SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 set a flag, nothing else.
+    """Whether this process was asked to stop. SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 only set a flag.
 
-    Install it after `init`: a flag cannot interrupt a rendezvous that waits for ranks that will never come.
+    Create it after `init_world`: a flag cannot interrupt a rendezvous that waits for missing ranks.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
-"""A rank that hangs says where it stands, and ends: nothing else would tell which of a thousand ranks it was.
+"""A rank that hangs reports where, and ends. Nothing else would tell which of a thousand ranks it was.
 
-Whatever makes progress calls `beat`: every batch that a stream hands out, and rank 0's long work.
+Code that makes progress calls `beat`: streams at every batch, and long work on rank 0.
 """
 
 import contextlib
@@ -15,15 +15,16 @@ _beats = threading.Event()
 
 
 def beat() -> None:
-    """There was progress."""
+    """Report progress."""
     _beats.set()
 
 
 @contextlib.contextmanager
 def watched(timeout_s: float, rank: int, where: Callable[[], str], folder: Path) -> Iterator[None]:
-    """End this process when nothing beats for `timeout_s` in this block, its stacks written to `folder`/rank-R.txt.
+    """End this process if there is no `beat` for `timeout_s` in this block, after writing the stacks of its threads to
+    `folder`/rank-R.txt.
 
-    `where()` says what it was at.
+    `where()` describes the current activity.
     """
     through = threading.Event()
 

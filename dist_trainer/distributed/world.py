@@ -1,4 +1,4 @@
-"""Who am I among the ranks: the process group, this rank's device, and the orderly end."""
+"""The process group: this rank among all, its device, and the orderly end."""
 
 import contextlib
 import ctypes
@@ -41,7 +41,7 @@ def alone() -> World:
 
 
 def devices() -> int:
-    """Accelerators of this host, or its cores where there is none."""
+    """The number of accelerators of this host, or of cores if there is none."""
     return torch.cuda.device_count() if torch.cuda.is_available() else cores()
 
 
@@ -59,11 +59,11 @@ def keep_freed_memory() -> None:
 
 
 def init_world(timeout_s: float = 660.0) -> World:
-    """Join the process group that torchrun's environment describes, or make one of a single process.
+    """Join the process group that torchrun's environment describes, or create one with this process alone.
 
     Collectives wait `timeout_s`.
 
-    NCCL where there are CUDA devices, gloo elsewhere; host data (JSON) always travels by gloo.
+    NCCL if there are CUDA devices, else gloo. Host data (JSON) always use gloo.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -82,12 +82,12 @@ def init_world(timeout_s: float = 660.0) -> World:
     timeout = datetime.timedelta(seconds=timeout_s)
     device_id = device if device.type == "cuda" else None
     if launched_by_torchrun():
-        # The agent would end its ranks with SIGTERM; when the agent itself is killed, the kernel does.
+        # torchrun ends its ranks with SIGTERM; if torchrun itself is killed, the kernel sends it.
         die_with_parent(signal.SIGTERM)
         store, rank, size = next(rendezvous("env://", rank, size, timeout=timeout))
         if size == local_size:
-            # After a restart the agent's store still holds the addresses of the dead ranks (pytorch #135712).
-            # The restart count keeps attempts apart; on several hosts each agent counts its own, so not there.
+            # After a restart torchrun's store still holds the addresses of the dead ranks (pytorch #135712).
+            # The restart count keeps attempts apart. On several hosts each torchrun counts its own, so not there.
             store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
     elif "MASTER_ADDR" in os.environ and size > 1:
@@ -100,7 +100,7 @@ def init_world(timeout_s: float = 660.0) -> World:
 
 
 def shutdown_world() -> None:
-    """The orderly end. Without the barrier, destroying gloo groups aborts the process now and then."""
+    """The orderly end. Without the barrier, destroying gloo groups sometimes aborts the process."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -1,9 +1,8 @@
-"""Forward, backward, reduction, update: DeepSpeed at ZeRO 0 to 3, and its twin on torch's DDP, behind the same verbs.
+"""Forward, backward, reduction, update: one interface for DeepSpeed at ZeRO 0 to 3 and for torch's DDP.
 
-The gradient of a step is the exact mean over the valid
-samples of the global batch whatever the world: a micro-batch's loss is its weighted sum times W / (valid samples
-of the step), and both engines average gradients over the W ranks. A gradient that is not finite
-is never applied.
+The gradient of a step is the exact mean over the valid samples of the global batch whatever the world: a micro-batch's
+loss is its weighted sum times W / (valid samples of the step), and both engines average gradients over the W ranks. A
+gradient that is not finite is never applied.
 """
 
 import contextlib
@@ -29,7 +28,7 @@ from dist_trainer.tricks.gradient_checkpointing import checkpoint_blocks
 from dist_trainer.tricks.losses import Loss, weighted_sum
 from dist_trainer.tricks.mixing import Mixing
 
-# Said on every rank and step, of names that other versions still need.
+# Printed on every rank and step, about names that other versions still need.
 warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated.*", category=FutureWarning)
 warnings.filterwarnings("ignore", message=r"`broadcast_buffers` is deprecated.*", category=FutureWarning)
 
@@ -45,19 +44,19 @@ class EngineConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 computes under autocast; weights, their gradients' sums and batch-norm stay float32 in both."""
     clip_grad_norm: float | None = None
-    """Largest norm of the whole gradient, to which longer ones are scaled down; null does not clip."""
+    """Clip the norm of the whole gradient to this value; null does not clip."""
     not_finite: Literal["skip", "stop", "roll_back"] = "skip"
     """A gradient with NaN or infinity is never applied. Then: skip the step; stop the run; or go back to the weights of
-    the last checkpoint and on past all samples since."""
+    the last checkpoint and continue after the samples since."""
     compile: bool = False
     """torch.compile of the training forward and backward, at ZeRO 0 to 2: faster steps, the same up to rounding, after
     some minutes of compilation. Evaluation runs uncompiled."""
     gradient_checkpointing: bool = False
-    """Compute activations inside blocks again in backward instead of keeping them: less memory, about a third more
-    time, the same numbers."""
+    """Recompute activations inside blocks in the backward pass: less memory, about a third more time, the same numbers.
+    """
 
     def check(self) -> None:
-        """Raises UserError for what does not go together."""
+        """Raises UserError for settings that exclude each other."""
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise UserError(f"engine.clip_grad_norm: {self.clip_grad_norm} is not positive; null does not clip")
         if self.backend == "torch" and self.zero:
@@ -113,24 +112,24 @@ class Engine(Inference):
         raise NotImplementedError
 
     def optimizer_state(self) -> State:
-        """Optimizer state by parameter name (collective; whole on rank 0)."""
+        """Optimizer state by parameter name (collective; full on rank 0)."""
         raise NotImplementedError
 
     def load_optimizer_state(self, state: State) -> None:
-        """Undo `optimizer_state`, before the first step, whatever stage and world it came from.
+        """Restore what `optimizer_state` gave on any stage and world. Call it before the first step.
 
         Raises UserError when other parameters are trained now.
         """
         raise NotImplementedError
 
     def _check_state(self) -> None:
-        """Raises UserError, after the first update, for an optimizer whose state no checkpoint could hold."""
+        """After the first update: raises UserError for an optimizer whose state does not fit into a checkpoint."""
         raise NotImplementedError
 
     # What the loop calls
 
     def set_lr(self, rate: float) -> None:
-        """Of every group, times its `lr_scale` where layers differ."""
+        """Set the rate of every group, times its `lr_scale` where layers differ."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
 
@@ -170,7 +169,7 @@ class Engine(Inference):
         return applied
 
     def _clip_and_update(self) -> bool:
-        """For whole gradients, equal on all ranks: the one host read of a step, without a collective."""
+        """For full gradients, equal on all ranks: the one host read of a step, without a collective."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         self.grad_norm = nn.utils.get_total_norm(gradients)
         if not math.isfinite(self.grad_norm.item()):
@@ -179,7 +178,7 @@ class Engine(Inference):
             nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip_grad_norm, self.grad_norm)
         return True
 
-    # The weights as such
+    # The weights
 
     @property
     def is_sharded(self) -> bool:
@@ -187,7 +186,7 @@ class Engine(Inference):
         return False
 
     def local_weights(self) -> State:
-        """The live float32 weights that this rank keeps, by name: whole parameters, or its 1-d piece of each."""
+        """The live float32 weights that this rank keeps, by name: full parameters, or its 1-d piece of each."""
         return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
 
     def to_local(self, full: State) -> State:
@@ -199,7 +198,7 @@ class Engine(Inference):
         return parts
 
     def model_state(self) -> State:
-        """float32 weights and buffers by name (collective; whole on rank 0)."""
+        """float32 weights and buffers by name (collective; full on rank 0)."""
         state = {name: value.detach() for name, value in self.module.state_dict().items()}
         return {**state, **self.to_full(self.local_weights())}
 
@@ -228,4 +227,4 @@ class Engine(Inference):
         torch._foreach_copy_(own, values)
 
     def close(self) -> None:
-        """Give back what the backend holds, before the process group ends."""
+        """Release the backend's resources, before the process group ends."""

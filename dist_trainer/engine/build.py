@@ -25,7 +25,7 @@ def build_engine(
     preprocess: Preprocess,
     seed: int,
 ) -> Engine:
-    """The engine that `config` names. Raises UserError for what does not go together."""
+    """The engine that `config` names. Raises UserError for settings that exclude each other."""
     config.check()
     backend = TorchEngine if config.backend == "torch" else ZeroEngine if config.zero else ZeroStage0
     return backend(model, optimizer, loss, mixing, config, plan, world, preprocess, seed)

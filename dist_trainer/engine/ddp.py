@@ -11,7 +11,7 @@ from dist_trainer.tensors import State
 
 
 class _Rehearsed(nn.Module):
-    """The model; of no images, a zero that depends on every parameter in a fixed order."""
+    """The model. Without images it returns a zero that depends on every parameter, in a fixed order."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -38,15 +38,15 @@ class TorchEngine(Engine):
             device_ids=[self._device.index] if self._device.type == "cuda" else None,
             broadcast_buffers=False,  # tricks/batch_norm.py owns the running statistics
             gradient_as_bucket_view=True,
-            bucket_cap_mb=25,  # said aloud, also the first bucket's: a small network is reduced at once, not in two
+            bucket_cap_mb=25,  # explicit, so it holds for the first bucket too: a small network is reduced at once
         )
-        # DDP orders its buckets anew after its first backward. Without a rehearsal, the first step after a resume would
-        # be summed in another order than in a run that went on (seen from three ranks on).
+        # DDP reorders its buckets after its first backward. Without a rehearsal, the first step after a resume would be
+        # summed in another order than in an uninterrupted run (seen from three ranks on).
         self._ddp(None).backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _prepare_update(self) -> None:
-        """What has to see the model before its layout changes and DDP wraps it."""
+        """Hook for backends that need the model before its layout changes and DDP wraps it."""
 
     def _apply_update(self) -> None:
         self.optimizer.step()

@@ -36,20 +36,20 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
 def no_inference_kernels() -> None:
     """Keep DeepSpeed from building its shared-memory C++ extension (44 s, needs a compiler), which only inference uses.
 
-    No environment variable turns it off; this table decides. For the CPU alone: on CUDA it rules other kernels.
+    No environment variable turns it off; this table decides. Only for the CPU: on CUDA it controls other kernels.
     """
     deepspeed.ops.__dict__["__compatible_ops__"] = {"deepspeed_shm_comm": False}
 
 
 def _relink(optimizer: Any, stage: int) -> None:
-    """Stages 1 and 2 link parameters to their optimizer state after the first group's first step only: link all."""
+    """Link all parameters to their optimizer state. Stages 1 and 2 link only the first group's, after a step."""
     if stage in (1, 2):
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The user's, whose parameters are the flat partitions."""
+    """The user's optimizer, whose parameters are the flat partitions."""
     base: torch.optim.Optimizer = engine.optimizer.optimizer
     return base
 
@@ -70,14 +70,14 @@ def piece(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def cut(whole: torch.Tensor, parameter: nn.Parameter, rank: int) -> torch.Tensor:
-    """Stage 3: of a whole value (of the parameter or of its optimizer state) the piece that belongs to `rank`."""
+    """Stage 3: the piece of a full value (of a parameter or its optimizer state) that belongs to `rank`."""
     size = piece(parameter).numel()
     flat = whole.flatten()[rank * size : (rank + 1) * size].to(parameter.device)
     return nn.functional.pad(flat, (0, size - flat.numel()))  # the last is padded
 
 
 def joined(parameters: dict[str, nn.Parameter], everyone: list[torch.Tensor]) -> State:
-    """Stage 3: whole values of all parameters from each rank's pieces, laid end to end."""
+    """Stage 3: full values of all parameters from the ranks' pieces, which are concatenated."""
     sizes = [piece(parameter).numel() for parameter in parameters.values()]
     state: State = {}
     for (name, parameter), parts in zip(
@@ -90,7 +90,7 @@ def joined(parameters: dict[str, nn.Parameter], everyone: list[torch.Tensor]) ->
 
 @contextlib.contextmanager
 def pieces_rewritten(engine: Any) -> Iterator[None]:
-    """Stage 3: pieces may be written in this block (collective). Small parameters are kept whole beside them."""
+    """Stage 3: pieces may be written in this block (collective). Small parameters, kept in full beside them, follow."""
     engine.optimizer.checkpoint_event_prologue()
     yield
     engine.optimizer.checkpoint_event_epilogue()
@@ -101,7 +101,7 @@ def _trained(engine: Any) -> dict[str, nn.Parameter]:
 
 
 def get_optimizer_state(engine: Any, stage: int) -> State:
-    """{"momentum_buffer/conv.weight": tensor, ...}, whole, on every rank (collective). Empty before the first step."""
+    """{"momentum_buffer/conv.weight": tensor, ...}, full on every rank (collective). Empty before the first step."""
     base, parts = base_optimizer(engine), partitions(engine, stage)
     values = encode(base.state.get(parts[0], {}), type(base).__name__)
     _relink(engine.optimizer, stage)
@@ -117,7 +117,7 @@ def get_optimizer_state(engine: Any, stage: int) -> State:
 
 
 def set_optimizer_state(engine: Any, stage: int, state: State, rank: int) -> None:
-    """Undo `get_optimizer_state` in an engine that has not stepped, on any stage and world."""
+    """Restore what `get_optimizer_state` gave, on any stage and world, before the first step."""
     check_names(engine.module, state)
     base = base_optimizer(engine)
     kinds: State = {}

@@ -27,16 +27,17 @@ class EvalConfig:
     batch: int = 256
     """Samples per forward and rank."""
     resize: int | None = None
-    """Resize the shorter side to so many pixels first; null: as data.preprocess says."""
+    """First resize the shorter side to this many pixels; null: as data.preprocess says."""
     crop: int | None = None
-    """Then cut a square of so many pixels from the centre; null: as data.preprocess says."""
+    """Then crop a square of this many pixels from the centre; null: as data.preprocess says."""
     interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
     """How they are resized, antialiased; auto: bilinear, or as data.preprocess says."""
     train_samples: int = 5000
-    """Training samples that are scored too, the same ones each time, with the evaluation's transform: how far training
-    and validation differ shows overfitting and underfitting. 0: none."""
+    """Number of training samples that are scored too, always the same ones, with the evaluation's transform. The gap
+    between training and validation shows overfitting and underfitting. 0: none."""
     bad: Literal["count_wrong", "fail"] = "count_wrong"
-    """What a validation sample that cannot be read or decoded does: count as wrong, with a warning, or stop."""
+    """What happens at a validation sample that cannot be read or decoded: it counts as wrong, with a warning, or the
+    run stops."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class EvalResult:
     correct1: int
     correct5: int
     num_samples: int
-    """All, bad ones included, so that accuracy never rises because samples are lost."""
+    """All samples, including bad ones, so that lost samples never raise the accuracy."""
     loss: float
-    """Mean cross-entropy of the samples that are not bad, without label smoothing, whatever the training loss is."""
+    """Mean cross-entropy of the good samples, without label smoothing, whatever the training loss is."""
     bad: tuple[BadSample, ...] = ()
     """Samples that cannot be used; they count as wrong."""
 
@@ -71,8 +72,8 @@ def center_crop(config: EvalConfig) -> CenterCrop:
 def evaluate(engine: Inference, stream: EvalStream) -> EvalResult:
     """Score every sample of `stream` once, on all ranks together (collective).
 
-    The module is in evaluation mode meanwhile and in its former mode afterwards. Raises UserError, on every rank, for
-    storage that stays away, and RuntimeError unless exactly all samples were counted.
+    The module is in evaluation mode during this, and in its former mode afterwards. Raises UserError, on every rank,
+    for unreachable storage, and RuntimeError unless exactly all samples were counted.
     """
     # correct1, correct5, counted, loss: float64 holds integers exactly up to 2**53
     sums = torch.zeros(4, dtype=torch.float64, device=engine.world.device)
@@ -86,7 +87,7 @@ def evaluate(engine: Inference, stream: EvalStream) -> EvalResult:
             labels, weight = batch.labels.to(logits.device), batch.weight.to(logits.device)
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="none")
-            seen = weight > 0  # masks, no indexing by them: that would wait for the device at every batch
+            seen = weight > 0  # masks instead of indexing, which would wait for the device at every batch
             correct1, correct5 = (hits[:, 0] & seen).sum(), (hits.any(dim=1) & seen).sum()
             bad += batch.bad
             outages += [batch.outage] if batch.outage else []

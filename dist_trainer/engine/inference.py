@@ -1,4 +1,4 @@
-"""A model on its device, the preprocessing in front of it, and its forward in evaluation."""
+"""A model on its device, its preprocessing, and its forward in evaluation."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from dist_trainer.models import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """From uint8 pixels to what the network takes: (pixels / 255 - mean) / std per channel, and the memory layout."""
+    """From uint8 pixels to the network's input: (pixels / 255 - mean) / std per channel, and the memory layout."""
 
     mean: list[float]
     std: list[float]
@@ -20,7 +20,7 @@ class Preprocess:
 
     @classmethod
     def of(cls, data: DataConfig, model: ModelConfig) -> "Preprocess":
-        """As a config says it."""
+        """From a config."""
         return cls(mean=data.mean, std=data.std, channels_last=model.channels_last)
 
     @property
@@ -29,7 +29,7 @@ class Preprocess:
 
 
 class Inference:
-    """A model that stands on its device, and its forward in evaluation. What every engine can do."""
+    """A model on its device, and its forward in evaluation. Every engine can do this."""
 
     def __init__(self, model: nn.Module, precision: str, preprocess: Preprocess, world: World) -> None:
         self.module, self.world = model, world
@@ -47,7 +47,7 @@ class Inference:
 
     @torch.no_grad()
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """float32 [m, K] of uint8 images [m, C, H, W], in whatever mode the module is; every rank must call it."""
+        """float32 [m, K] of uint8 images [m, C, H, W], in the module's current mode. Every rank must call it."""
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
             output: torch.Tensor = self.module(self._prepare(images))
         return output.float()

@@ -11,9 +11,9 @@ from dist_trainer.errors import UserError
 
 
 def set_numerics(deterministic: bool) -> None:
-    """To be called before anything runs on a device.
+    """Call it before anything runs on a device.
 
-    cuDNN measures which algorithm is fastest for a shape, unless `deterministic`: then another run may choose another.
+    Unless `deterministic`, cuDNN measures which algorithm is fastest for a shape, so two runs may use different ones.
     float32 is float32 in convolutions as in matrix products, not TensorFloat-32, which keeps 10 of 23 bits:
     `engine.precision: bf16` is the fast one.
     """

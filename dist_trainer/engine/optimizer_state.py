@@ -1,4 +1,4 @@
-"""What an optimizer remembers, as tensors by name, so that a checkpoint holds all of it, whatever it is kept as.
+"""An optimizer's state as tensors by name, so that a checkpoint holds all of it, whatever types the optimizer uses.
 
 `momentum_buffer/conv.weight` belongs to a parameter; `step:number/conv.weight` is kept as a Python number;
 `step@group/conv.weight` is kept in the parameter group that begins with conv.weight (timm's LAMB).
@@ -18,7 +18,7 @@ _NUMBER, _GROUP = ":number", "@group"
 
 
 def encode(values: Mapping[str, Any], whose: str) -> State:
-    """Tensors as they are, numbers as 0-d int64 or float64. Raises UserError for what is neither."""
+    """Tensors as they are, numbers as 0-d int64 or float64. Raises UserError for anything else."""
     state: State = {}
     for key, value in values.items():
         if isinstance(value, torch.Tensor):
@@ -28,8 +28,8 @@ def encode(values: Mapping[str, Any], whose: str) -> State:
             state[key + _NUMBER] = torch.tensor(value, dtype=dtype)
         elif value is not None:
             raise UserError(
-                f"optimizer.name: {whose} keeps {key!r} as a {type(value).__name__}, which no checkpoint could hold; "
-                "choose another optimizer"
+                f"optimizer.name: {whose} keeps {key!r} as a {type(value).__name__}, which does not fit into a "
+                "checkpoint; choose another optimizer"
             )
     return state
 
@@ -40,7 +40,7 @@ def decode(key: str, value: torch.Tensor) -> tuple[str, Any]:
 
 
 def settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What each parameter group holds beside its parameters and the rate, copied."""
+    """A copy of each parameter group without its parameters and the rate."""
     return [
         {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "lr")}
         for group in optimizer.param_groups
@@ -48,7 +48,7 @@ def settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def changed(optimizer: torch.optim.Optimizer, built: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What of the groups' settings is not as it was `built`, and so is state."""
+    """The groups' settings that changed since they were `built`, and so are state."""
     return [
         {key: value for key, value in now.items() if key not in before or before[key] != value}
         for now, before in zip(settings(optimizer), built, strict=True)
@@ -56,7 +56,8 @@ def changed(optimizer: torch.optim.Optimizer, built: list[dict[str, Any]]) -> li
 
 
 def get_state(optimizer: torch.optim.Optimizer, model: nn.Module, built: list[dict[str, Any]]) -> State:
-    """All of it, of an optimizer over the parameters of `model` themselves. Raises UserError for what has no place."""
+    """The full state of an optimizer over the parameters of `model`. Raises UserError for state that is no tensor or
+    number."""
     whose = type(optimizer).__name__
     names = {parameter: name for name, parameter in model.named_parameters()}
     state: State = {}
@@ -70,7 +71,7 @@ def get_state(optimizer: torch.optim.Optimizer, model: nn.Module, built: list[di
 
 
 def set_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: State) -> None:
-    """Undo `get_state`: in the parameters' memory layout, and on the devices that torch chooses."""
+    """Restore what `get_state` gave, in the parameters' memory layout, on the devices that torch chooses."""
     check_names(model, state)
     by_parameter: dict[str, dict[str, torch.Tensor]] = {}
     for full_name, value in state.items():
@@ -90,7 +91,7 @@ def set_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: State) 
 
 
 def check_names(model: nn.Module, state: State) -> None:
-    """Raises UserError for the state of other parameters than those that are trained now."""
+    """Raises UserError if `state` belongs to other parameters than those that are trained now."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     saved = {full_name.partition("/")[2] for full_name in state}
     if state and saved != trained:
@@ -103,9 +104,10 @@ def check_names(model: nn.Module, state: State) -> None:
 def check_element_wise(
     optimizer: torch.optim.Optimizer, parts: list[torch.Tensor], built: list[dict[str, Any]], zero: int
 ) -> None:
-    """Raises UserError for state of flat `parts` of weights that belongs to no single weight: it would be wrong.
+    """Raises UserError if an optimizer over flat `parts` keeps state that is not one value per weight: it would be
+    wrong.
 
-    Sees state in the groups, state of another shape, and single numbers that are not the same for all parts.
+    It detects state in the groups, state of another shape, and single numbers that differ between parts.
     """
     whose = type(optimizer).__name__
     states = [(part, encode(optimizer.state.get(part, {}), whose)) for part in parts]

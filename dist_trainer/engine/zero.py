@@ -16,10 +16,10 @@ from dist_trainer.tensors import State
 
 
 def deepspeed_config(config: EngineConfig, plan: Plan) -> dict[str, Any]:
-    """Every key that DeepSpeed is given; users hand in no raw JSON.
+    """Every key of DeepSpeed's config. Users pass no raw JSON.
 
-    `gradient_clipping` is always written, since its default is 1.0. Accumulation is the plan's, told to DeepSpeed
-    micro-batch by micro-batch, so its own count is 1. The empty list of lower-precision modules keeps gradients
+    `gradient_clipping` is always written, since its default is 1.0. The plan owns accumulation and tells DeepSpeed
+    micro-batch by micro-batch, so DeepSpeed's own count is 1. The empty list of lower-precision modules keeps gradients
     from being reduced in bf16. The throughput timer would wait for the device twice a step. ZeroStage0 clips, checks
     and computes under autocast by itself, without another collective.
     """
@@ -51,7 +51,7 @@ def _initialize(
 
 
 class ZeroStage0(TorchEngine):
-    """DeepSpeed with nothing to shard: its engine makes the update, and the rest is DDP's.
+    """DeepSpeed with nothing to shard: its engine makes the update, DDP does the rest.
 
     DeepSpeed's own reduction begins when backward has ended; DDP's overlaps with it.
     """

@@ -1,4 +1,4 @@
-"""What rank 0 says on the terminal: a progress display on a TTY, one plain line per interval in a log file."""
+"""Rank 0's output: a progress display on a terminal, one plain line per interval in a log file."""
 
 from typing import Any
 

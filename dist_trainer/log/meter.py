@@ -1,4 +1,4 @@
-"""Sums between two log lines: loss and samples over all ranks, and where this rank's time went."""
+"""Sums between two log lines: loss and samples over all ranks, and this rank's time."""
 
 import time
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class Meter:
         self._timed_samples += num_samples
 
     def pause(self) -> None:
-        """What follows is not training: an evaluation, a save."""
+        """Stop the clock: an evaluation or a save follows."""
         self._train_s += time.perf_counter() - self._since
 
     def resume(self) -> None:

@@ -7,7 +7,7 @@ from dist_trainer.storage.atomic import replace_text
 
 
 class MetricsFile:
-    """Appends lines; a resumed run first drops those past its checkpoint, so that no step stands twice."""
+    """Appends lines. A resumed run first drops those after its checkpoint, so that no step appears twice."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self._path = path
@@ -25,4 +25,4 @@ def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a torn last line
+        return float("inf")  # an incomplete last line

@@ -24,7 +24,7 @@ SCORES = {
     "average": ("val_avg", "average"),
     "average_bn": ("val_avg_bn", "average, BN re-estimated"),
 }
-"""What can be scored: its name in files -> (the prefix of its metrics, its name for a person)."""
+"""The weights that can be scored: name in files -> (prefix of their metrics, name for people)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class LogConfig:
 
 
 class Tracker:
-    """Everything that is told about a run. On ranks other than 0 every call does nothing."""
+    """Sends metrics to the terminal, metrics.jsonl and W&B. On ranks other than 0 every call does nothing."""
 
     def __init__(self, world: World, total_steps: int, terminal: Terminal) -> None:
         self.terminal = terminal

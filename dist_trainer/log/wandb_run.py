@@ -14,9 +14,9 @@ class WandbConfig:
     """Weights & Biases."""
 
     mode: Literal["online", "offline", "disabled"] = "online"
-    """online falls back to offline, with a line, where no API key is set up."""
+    """online falls back to offline, with a line, if no API key is set up."""
     project: str = "dist_trainer"
-    """Where the run appears."""
+    """The project of the run."""
     entity: str | None = None
     """Null: your default entity."""
 
@@ -61,7 +61,7 @@ class WandbRun:
             )
             self._run.define_metric("step")
             self._run.define_metric("*", step_metric="step")
-        except Exception as error:  # whatever W&B raises, training goes on
+        except Exception as error:  # training continues whatever W&B raises
             self._give_up(error)
 
     @staticmethod
@@ -73,7 +73,9 @@ class WandbRun:
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
-        self.note = f"W&B: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; going on without"
+        self.note = (
+            f"W&B: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; continuing without it"
+        )
 
     def log(self, step: int, metrics: dict[str, float | int]) -> None:
         if self._run is not None:

@@ -25,16 +25,17 @@ class ModelConfig(Named):
     name: str = "torchvision/resnet50"
     """timm/NAME, torchvision/NAME, a short name that `dist-trainer ls models` shows, or package.module:Name."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Passed to the model; num_classes comes from the training set unless it stands here."""
+    """Passed to the model; num_classes comes from the training set unless it is given here."""
     dropout: float | None = None
     """Probability of dropout, under the name that the model's library gives it; null: the model's own default."""
     drop_path: float | None = None
-    """Probability that the deepest residual branch is dropped, which grows with depth (stochastic depth); likewise."""
+    """Stochastic depth: the probability that the deepest residual branch is dropped; it grows with depth. Likewise."""
     pretrained: bool | str | None = None
-    """Weights to begin with: a safetensors or torch file, a URL of one, a run or checkpoint folder; true or a tag, such
-    as a1_in1k or IMAGENET1K_V2: those that timm or torchvision publish. A classifier of another shape is left out."""
+    """Initial weights: a safetensors or torch file, a URL of one, a run or checkpoint folder; or true or a tag, such as
+    a1_in1k or IMAGENET1K_V2, for those that timm or torchvision publish. A classifier of another shape is left out."""
     sync_bn: bool = False
-    """Batch-norm over the micro-batches that all ranks run at the same time: another model on another world."""
+    """Batch-norm over the micro-batches that all ranks run at the same time. The model then depends on the number of
+    ranks."""
     freeze: list[str] = field(default_factory=list)
     """Submodules or parameters that are not trained, by name: [conv1, bn1, layer1] of a ResNet. Their batch-norm layers
     keep their running statistics and normalise with them."""
@@ -62,7 +63,7 @@ def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
     args = {"num_classes": num_classes, **preset, **config.args}
     for arg in ("pretrained", "weights", "checkpoint_path"):
         if library and arg in args:
-            raise UserError(f"model.args.{arg}: weights to begin with are not among the arguments; remove it")
+            raise UserError(f"model.args.{arg}: initial weights belong to model.pretrained; remove it")
     for arg, rate in rates.items():
         if not 0.0 <= getattr(config, rate) < 1.0:
             raise UserError(f"model.{rate}: {getattr(config, rate)} is not in [0, 1)")
@@ -79,7 +80,7 @@ def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
             if f"argument '{arg}'" in str(error):
                 raise UserError(f"model.{rate}: {config.name} takes no {arg}; remove it, or choose another") from None
         if isinstance(error, UserError) or not (library or isinstance(error, TypeError | ValueError)):
-            raise  # said already; or a fault in the user's own code, whose traceback tells more
+            raise  # reported already; or a fault in the user's own code, whose traceback tells more
         kind = "" if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: "
         raise UserError(f"model.args: {config.name}: {kind}{first_line(error)}") from None
 
@@ -120,7 +121,7 @@ def _nearest(name: str) -> str:
 
 
 def _torchvision(builder: Builder, **args: Any) -> nn.Module:
-    """Raises TypeError for names that nothing in the model's file takes: some of its classes swallow any."""
+    """Raises TypeError for names that nothing in the model's file accepts: some classes ignore unknown arguments."""
     parts = [each for each in vars(sys.modules[builder.__module__]).values() if callable(each)]
     taken = {
         name for part in parts if part.__module__ == builder.__module__ for name in inspect.signature(part).parameters

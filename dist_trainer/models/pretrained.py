@@ -1,7 +1,7 @@
-"""Weights to begin with: read from whatever file they are in, matched by name, and an account of all that did not fit.
+"""Initial weights: read from a file of any kind, matched by name, with a report of everything that did not fit.
 
-Nothing that a file holds is ever run: safetensors, or torch's format with `weights_only`, where beside torch's own
-list argparse.Namespace alone is let by, a bag of values in which timm's checkpoints keep their arguments.
+Nothing in a file is ever executed: safetensors, or torch's format with `weights_only`. Besides torch's own list only
+argparse.Namespace is allowed, in which timm's checkpoints keep their arguments.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from dist_trainer.run_folder import checkpoint
 from dist_trainer.storage.storage import Storage, is_remote
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-"""Under which training programs keep weights, those that are taken first at the front: as timm does."""
+"""Keys under which training programs keep weights, in the order in which they are tried, which is timm's."""
 _PREFIXES = ("module.", "_orig_mod.")
-"""What DistributedDataParallel, AveragedModel and torch.compile put in front of every name."""
+"""Prefixes that DistributedDataParallel, AveragedModel and torch.compile add to every name."""
 _SHOWN = 8
 
 
@@ -41,17 +41,17 @@ class LoadReport:
 
     source: str
     sha256: str
-    """Of the file; "" for what a library fetched."""
+    """The file's; "" if a library fetched it."""
     num_tensors: int
-    """Of the model; so many of them were `loaded`, which are `share` of its parameters."""
+    """The model's tensors; `loaded` of them were loaded, which are `share` of its parameters."""
     loaded: int
     share: float
     dropped: list[str]
-    """Of the classifier, whose shape differs."""
+    """The classifier's tensors, if their shape differs."""
     missing: list[str]
-    """Tensors of the model that the file has not: they keep their random values."""
+    """The model's tensors that are not in the file: they keep their random values."""
     unexpected: list[str]
-    """What the file has and the model has not."""
+    """Entries of the file that the model does not have."""
 
     def lines(self) -> list[str]:
         """For the user: a summary, then a line for each name, up to a few of a kind."""
@@ -68,9 +68,9 @@ class LoadReport:
 
 
 def load_pretrained(config: ModelConfig, storage: Storage, model: nn.Module, world: World) -> LoadReport:
-    """Have `model` begin with the weights that `config.pretrained` names (collective).
+    """Load the weights that `config.pretrained` names into `model` (collective).
 
-    One rank reads or fetches them, and sends them to the others. Raises UserError for what cannot be loaded.
+    Rank 0 reads or fetches them and sends them to the others. Raises UserError for what cannot be loaded.
     """
 
     def load() -> dict[str, Any]:
@@ -87,7 +87,7 @@ def load_pretrained(config: ModelConfig, storage: Storage, model: nn.Module, wor
 def find_pretrained(config: ModelConfig, storage: Storage) -> Published | str:
     """The published weights, or the location of a file or folder, that `config.pretrained` names.
 
-    Raises UserError where nothing is, without reading it.
+    Raises UserError if there is nothing, without reading it.
     """
     published = chosen(config)
     if published is not None:
@@ -121,7 +121,7 @@ def read_weights(location: str, storage: Storage) -> tuple[Mapping[str, Any], st
 
 
 def _file_in(folder: Path) -> Path:
-    """The weights of a checkpoint folder, or the best, or else the newest, of a run folder. Raises UserError."""
+    """The weights of a checkpoint folder; of a run folder the best, or else the newest ones. Raises UserError."""
     for root in (folder / "best", folder / "checkpoints"):
         found, _ = checkpoint.newest(root)
         if found is not None:
@@ -135,7 +135,7 @@ def _file_in(folder: Path) -> Path:
 
 
 def _parse(data: bytes, location: str) -> Any:
-    """What a file of either format holds, whatever it is called."""
+    """The content of a file of either format, whatever its name."""
     if data[8:9] == b"{":
         try:
             return safetensors.torch.load(data)
@@ -172,12 +172,12 @@ def unwrap(content: Any, location: str) -> tuple[Mapping[str, Any], str]:
             if isinstance(content, Mapping)
             else type(content).__name__
         )
-        raise UserError(f"model.pretrained: {location}: no weights in it, but {what}")
+        raise UserError(f"model.pretrained: {location}: it holds no weights, but {what}")
     return content, ".".join(taken)
 
 
 def classifiers_of(model: nn.Module) -> list[str]:
-    """Names of the layers that give the logits: timm says them, and elsewhere it is the last linear one.
+    """Names of the layers that compute the logits: timm's own list, or else the last linear layer.
 
     A convolution of 1x1 is linear too: SqueezeNet ends with one.
     """
@@ -194,9 +194,9 @@ def classifiers_of(model: nn.Module) -> list[str]:
 
 
 def fit(model: nn.Module, weights: Mapping[str, Any], source: str, sha256: str = "") -> LoadReport:
-    """Load what has the name and the shape of a tensor of `model`; a classifier of another shape is left out, whole.
+    """Load every tensor whose name and shape are in `model`. A classifier of another shape is left out completely.
 
-    Raises UserError, and loads nothing, for any other shape that differs, and when not one name is known.
+    Raises UserError, and loads nothing, if another shape differs or no name matches.
     """
     own = model.state_dict()
     named = {key if key in own else _without_prefixes(key): value for key, value in weights.items()}

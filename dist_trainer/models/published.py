@@ -1,4 +1,4 @@
-"""Weights that timm and torchvision publish for their models, and what they say of them, which needs no network."""
+"""Weights that timm and torchvision publish for their models, and the facts about them that need no network."""
 
 import logging
 import math
@@ -21,7 +21,7 @@ class Published:
     model: str
     tag: str
     url: str
-    """Where they are, as far as the library says."""
+    """Their URL, as far as the library tells."""
     num_classes: int
     mean: list[float]
     std: list[float]
@@ -31,7 +31,7 @@ class Published:
     crop: int
     """Pixels of the square that is cut from the centre, and of training images."""
     oddity: str = ""
-    """What else an image needs and is not offered here."""
+    """Preprocessing that is not supported here, if any."""
     top1: float | None = None
     """ImageNet-1k accuracy that the library's package states, a fraction."""
 
@@ -40,7 +40,7 @@ class Published:
 
 
 def chosen(config: ModelConfig) -> Published | None:
-    """The published weights that `model.pretrained` asks for: by true, or by a tag. None: by a location, or none.
+    """The published weights that `model.pretrained` names by true or by a tag. None if it names a location or nothing.
 
     Raises UserError where there are none.
     """
@@ -58,7 +58,7 @@ def chosen(config: ModelConfig) -> Published | None:
 
 
 def described(config: ModelConfig) -> Published:
-    """The published weights of this model: of the tag in pretrained or in its name, or else the library's default ones.
+    """The published weights of this model: those of the tag in model.pretrained or model.name, or else the default.
 
     Raises UserError where the library publishes none, and for a model of no library.
     """
@@ -90,10 +90,12 @@ def tags_of(config: ModelConfig) -> list[str]:
 def fetch(weights: Published, args: dict[str, Any]) -> State:
     """The library's own weights, as its own loader prepares them for a model of `args` (timm adapts them to in_chans).
 
-    From its cache, or by the network. Raises UserError when they cannot be had.
+    From its cache or the network. Raises UserError if they cannot be fetched.
     """
     args = {name: value for name, value in args.items() if name != "num_classes"}
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try; the last one is told below
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # it logs every attempt; the last error is reported below
     try:
         model = _library_model(weights, args)
     except Exception as error:  # of urllib, httpx, huggingface_hub, torch.hub, ...
@@ -141,7 +143,7 @@ def _known(library: str) -> list[str]:
 
 
 def _tags(library: str, model: str) -> dict[str, Any]:
-    """What the library knows of its weights of a model by tag, the default first; nothing for an unknown model."""
+    """The library's entries for a model's weights by tag, the default first; empty for an unknown model."""
     if not library or model not in _known(library):
         return {}
     if library == "torchvision":

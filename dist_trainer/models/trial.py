@@ -1,4 +1,4 @@
-"""Whether a network takes the images that it will see: told before the first step, in one line."""
+"""A check before the first step that a network accepts the images of this run."""
 
 from typing import Any
 

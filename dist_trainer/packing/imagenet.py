@@ -1,7 +1,7 @@
-"""ImageNet's own files as a source: images are read out of ILSVRC2012_img_*.tar where they lie, nothing is unpacked.
+"""ImageNet's own files as a source: images are read directly from ILSVRC2012_img_*.tar, nothing is unpacked.
 
-The labels of the validation images are in the devkit, as numbers of its own that its meta.mat gives synsets for. Class
-numbers here are those of the sorted synsets, as torchvision and timm have them.
+The labels of the validation images are in the devkit, as numbers that its meta.mat maps to synsets. Class numbers here
+follow the sorted synsets, as in torchvision and timm.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 _BLOCK = 512  # bytes: a tar's unit
 _Span = tuple[str, int, int]
-"""Of a file: its name, where its bytes begin in the outermost tar, how many they are."""
+"""A file's name, its offset in the outermost tar, its size in bytes."""
 
 
 class TarImages(ListedImages):
@@ -44,7 +44,7 @@ class TarImages(ListedImages):
 
 
 def _files(tar: tarfile.TarFile, file: IO[bytes], where: str) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar, which is open as `file` too. Raises UserError where tarfile sees the end too early."""
+    """The files in a tar, which is also open as `file`. Raises UserError if tarfile stops too early."""
     end = 0
     for member in tar:
         end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
@@ -58,7 +58,7 @@ def _files(tar: tarfile.TarFile, file: IO[bytes], where: str) -> Iterator[tarfil
 
 @contextlib.contextmanager
 def _open(tar: Path) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
-    """(the tar, its file); what goes wrong while it is read becomes a UserError that names it."""
+    """(the tar, its file). Errors while it is read become a UserError that names it."""
     try:
         with tar.open("rb") as file, tarfile.open(fileobj=file) as opened:
             yield opened, file

@@ -1,4 +1,4 @@
-"""A flat folder of images whose classes are in a table: ImageNet's validation set as it comes."""
+"""A flat folder of images with their classes in a table, such as ImageNet's original validation set."""
 
 import csv
 import re
@@ -11,7 +11,7 @@ from dist_trainer.shards.scan import IMAGE_SUFFIXES
 
 
 def _bare(name: str) -> str:
-    """A file name without its folder and its image suffix: as it is compared with a table."""
+    """A file name without folder and image suffix, for comparison with a table."""
     path = PurePosixPath(name)
     return path.stem if suffix_of(name) in IMAGE_SUFFIXES else path.name
 
@@ -36,10 +36,10 @@ _BOXES = re.compile(r"(\S+)(?: -?\d+){4}(?: .*)?")  # Kaggle's PredictionString:
 
 
 class LabelledFolder(ListedImages):
-    """Images in `root`, whatever folders they lie in, with the classes that the CSV `table` gives their names.
+    """Images anywhere below `root`, with the classes that the CSV `table` gives for their names.
 
     A header is recognised; so is Kaggle's LOC_val_solution.csv. File names may lack folder and suffix. A class is a
-    name, or its number in `class_names`, which are training's. Without them classes are what the table holds.
+    name, or its number in `class_names`, those of training. Without them the table defines the classes.
     """
 
     def __init__(self, root: Path, table: Path, class_names: tuple[str, ...] | None = None) -> None:

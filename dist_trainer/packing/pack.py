@@ -1,4 +1,4 @@
-"""Write WebDataset tars and their index: in parallel, to be gone on with after a kill, whole or not there."""
+"""Write WebDataset tars and their index, in parallel. Resumable. The output appears only when it is complete."""
 
 import contextlib
 import fcntl
@@ -38,13 +38,13 @@ _MAX_SIDE = np.iinfo(SAMPLE["width"]).max  # pixels
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How images become tars: with the source, all that the tars depend on."""
+    """How images become tars. Source and recipe determine every byte of the tars."""
 
     samples_per_shard: int = 2048
     seed: int = 0
     """Of the shuffle over shards."""
     max_side: int | None = None
-    """Pixels: an image with a longer side is made smaller and encoded as JPEG; others are taken byte for byte."""
+    """Pixels: an image with a longer side is reduced and encoded as JPEG; others are copied byte for byte."""
     quality: int = 95
     """Of the JPEGs that `max_side` makes."""
 
@@ -57,7 +57,7 @@ class Recipe:
             raise UserError(f"--quality: {self.quality} is not between 1 and 100")
 
     def manifest(self, source: Source) -> dict[str, Any]:
-        """What is kept in pack.json: two equal ones stand for the same tars, byte for byte."""
+        """The content of pack.json. Equal manifests mean equal tars, byte for byte."""
         facts = {"version": 1, **source.facts, "samples": len(source), **asdict(self)}
         return {**facts, "class_names": list(source.class_names)}
 
@@ -77,7 +77,7 @@ class _Writer:
     recipe: Recipe
 
     def write(self, shard: _Shard) -> ShardScan:
-        """The scan of `shard`, which is written first unless it is there: under another name until it is whole."""
+        """The scan of `shard`, which is written first unless it exists, under another name until it is complete."""
         if shard.path.exists():
             return scan_tar(shard.path)
         unfinished = shard.path.with_name(shard.path.name + _UNFINISHED)
@@ -85,7 +85,7 @@ class _Writer:
             with unfinished.open("wb") as file:
                 self._write_to(file, shard)
                 file.flush()
-                os.fsync(file.fileno())  # a full disk is noticed here at the latest, on NFS too
+                os.fsync(file.fileno())  # a full disk is detected here at the latest, on NFS too
         except OSError as error:
             unfinished.unlink(missing_ok=True)
             raise UserError(f"{shard.path}: {error.strerror or error}; {_GO_ON}") from None
@@ -116,7 +116,7 @@ class _Writer:
                 writer.write({"__key__": f"{item:08d}", suffix: data, LABEL_SUFFIX: str(label).encode()})
 
     def _blame(self, shard: _Shard) -> None:
-        """Raises UserError that names the image for which the scan refused the shard; the scan knows its byte alone."""
+        """Raises UserError that names the image for which the scan refused the shard; the scan knows only its byte."""
         for item in shard.items.tolist():
             name = self.source.name(item)
             width, height = _size(self.source.read(item)[0], name)
@@ -124,7 +124,7 @@ class _Writer:
                 raise UserError(f"{name}: {width:,} x {height:,} pixels; an index holds {_MAX_SIDE:,} a side at most")
 
 
-_GO_ON = "what is finished stays, and the same command goes on from there"
+_GO_ON = "finished tars stay, and the same command continues from there"
 
 
 def _size(data: bytes, name: str) -> tuple[int, int]:
@@ -139,7 +139,7 @@ def _size(data: bytes, name: str) -> tuple[int, int]:
 
 
 def shrink(data: bytes, suffix: str, max_side: int, quality: int, name: str) -> tuple[bytes, str]:
-    """The image with `max_side` pixels on its longer side, or as it is where that is no longer than this.
+    """The image with `max_side` pixels on its longer side, or unchanged if it is not longer.
 
     Decoded as the trainer decodes, made smaller by Pillow's LANCZOS filter (antialiased), encoded as RGB JPEG without
     EXIF, whatever it was before; its orientation is not applied. Raises UserError naming an image that does not decode.
@@ -193,8 +193,8 @@ def _write_all(writer: _Writer, shards: Sequence[_Shard], num_processes: int) ->
     if num_processes <= 1:
         yield from map(writer.write, shards)
         return
-    # By a file: what is given to a process at its start goes through a pipe, and a large source fills that until the
-    # process has imported everything, so that they would start one after the other.
+    # By a file: the arguments of a new process go through a pipe. A large source fills it until the process has
+    # imported everything, so processes would start one after the other.
     file = shards[0].path.with_name(_SOURCE)
     file.write_bytes(pickle.dumps(writer))
     with ProcessPoolExecutor(
@@ -205,20 +205,20 @@ def _write_all(writer: _Writer, shards: Sequence[_Shard], num_processes: int) ->
                 scans = pool.map(_write, shards)
             yield from scans
         except BrokenProcessPool:
-            raise UserError(f"a worker process was killed, maybe for want of memory; {_GO_ON}") from None
+            raise UserError(f"a worker process was killed, maybe for lack of memory; {_GO_ON}") from None
         finally:
             pool.shutdown(cancel_futures=True)
     file.unlink()
 
 
 def partial_folder(out: Path) -> Path:
-    """Where the tars of `out` are until all are written."""
+    """The folder of `out`'s tars until all are written."""
     return out.with_name(f".{out.name}.partial")
 
 
 @contextlib.contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
-    """Makes the folder this process's own, until it ends or dies."""
+    """Claim the folder for this process, until it ends or dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK).open("w") as file:
         try:
@@ -239,16 +239,16 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _begin(folder: Path, manifest: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Leaves in `folder` the finished tars of the same manifest alone."""
+    """Keep in `folder` only the finished tars of the same manifest."""
     before = _read_manifest(folder)
     keep = {_LOCK}
     if before == manifest:
         finished = [path.name for path in folder.glob("*.tar")]
         keep |= {MANIFEST, *finished}
-        say(f"{folder}: goes on, {len(finished)} tars are there")
+        say(f"{folder}: continues, {len(finished)} tars exist")
     elif before is not None:
         other = ", ".join(key for key in manifest if before.get(key) != manifest[key])
-        say(f"{folder}: starts over: what was there had another {other}")
+        say(f"{folder}: starts over: the unfinished tars had another {other}")
     for path in folder.iterdir():
         if path.name not in keep:
             path.unlink()
@@ -266,9 +266,9 @@ def pack(
 ) -> Iterator[int]:
     """Write `source` into `out`/000000.tar ... and `out`/index.dtx, shuffled; yields samples done, shard by shard.
 
-    `out` appears when it is whole; with it come pack.json, which has the source and the recipe, and classes.txt. After
-    a kill, the same call writes what is not yet there. Raises UserError when `out` exists, for an image that is not
-    one, and for what the file system refuses.
+    `out` appears when it is complete, with pack.json (source and recipe) and classes.txt. After a kill, the same call
+    writes the missing tars. Raises UserError if `out` exists, for a file that is not an image, and for errors of the
+    file system.
     """
     if out.exists():
         raise UserError(f"{out}: exists; remove it, or name another folder")
@@ -297,7 +297,7 @@ def pack(
 def unfinished(splits: dict[str, Source], out: Path, recipe: Recipe) -> dict[str, Source]:
     """The splits that are still to be packed into `out`/SPLIT, after a command that was killed between them.
 
-    Raises UserError when one exists that is not this command's, or all do: nothing is ever overwritten.
+    Raises UserError if one exists that this command did not write, or if all do: nothing is ever overwritten.
     """
     there = {split for split in splits if (out / split).exists()}
     for split in sorted(there):

@@ -1,4 +1,4 @@
-"""What `shards pack` takes images from: folders of classes, and torchvision's data sets."""
+"""Sources of images for `shards pack`: class folders, and torchvision's data sets."""
 
 import hashlib
 import inspect
@@ -18,26 +18,27 @@ Labels = npt.NDArray[np.int64]
 
 
 class Source(Protocol):
-    """Labelled images by number. Small enough to travel to worker processes: names are in arrays, no image is held."""
+    """Labelled images by number. Small enough to be sent to worker processes: names are in arrays, no image is in
+    memory."""
 
     class_names: tuple[str, ...]
     num_ignored: int
-    """Files that lie among the images and are none."""
+    """Files among the images that are not images."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What tells this source from another one, for JSON."""
+        """What identifies this source, for JSON."""
 
     def __len__(self) -> int: ...
 
     def name(self, item: int) -> str:
-        """What to call an image in a message."""
+        """An image's name in messages."""
 
     def labels(self) -> Labels:
-        """The class of every image; may have to decode them all."""
+        """The class of every image. This may have to decode them all."""
 
     def read(self, item: int) -> tuple[bytes, str, int]:
-        """Encoded bytes, their suffix in lower case, the class. Raises UserError naming an image that is not there."""
+        """Encoded bytes, their suffix in lower case, the class. Raises UserError naming a missing image."""
 
 
 def few(names: Collection[str]) -> str:
@@ -50,7 +51,7 @@ def suffix_of(name: str) -> str:
 
 
 def is_image(name: str) -> bool:
-    """By the suffix, in any case; hidden files are none (macOS writes `._cat.JPEG` beside `cat.JPEG`)."""
+    """By the suffix, in any case. Hidden files do not count (macOS writes `._cat.JPEG` beside `cat.JPEG`)."""
     return suffix_of(name) in IMAGE_SUFFIXES and not PurePath(name).name.startswith(".")
 
 
@@ -64,7 +65,7 @@ def require_classes(where: object, found: Collection[str], expected: Sequence[st
 
 
 class ListedImages:
-    """Images that are named in a list. 1.28 M are 60 MB in arrays, and 150 MB as Python objects."""
+    """Images named in a list. 1.28 M names take 60 MB in arrays, and 150 MB as Python objects."""
 
     def __init__(
         self, root: Path, names: Sequence[str], labels: Sequence[int], class_names: tuple[str, ...], num_ignored: int
@@ -94,7 +95,7 @@ class ListedImages:
         return f"{self.root}/{os.fsdecode(self._names[self._ends[item] : self._ends[item + 1]].tobytes())}"
 
     def bytes_of(self, item: int) -> bytes:
-        """The image as it lies in its file; may raise OSError."""
+        """The image's file content. May raise OSError."""
         return Path(self.name(item)).read_bytes()
 
     def read(self, item: int) -> tuple[bytes, str, int]:
@@ -108,7 +109,7 @@ class ListedImages:
 def listed_images(folder: Path) -> tuple[list[str], int]:
     """(sorted paths of the images below `folder` relative to it, the number of other files); links are followed."""
 
-    def refuse(error: OSError) -> None:  # os.walk would pass over a folder that it may not read
+    def refuse(error: OSError) -> None:  # os.walk would skip a folder that it may not read
         raise UserError(f"{error.filename}: {error.strerror}")
 
     images: list[str] = []
@@ -123,7 +124,7 @@ def listed_images(folder: Path) -> tuple[list[str], int]:
 
 
 class FolderSource(ListedImages):
-    """`root`/CLASS/*.jpg: class numbers follow the sorted class names; files are taken over byte for byte."""
+    """`root`/CLASS/*.jpg: class numbers follow the sorted class names; files are copied byte for byte."""
 
     def __init__(self, root: Path) -> None:
         entries = sorted(root.iterdir())
@@ -161,7 +162,7 @@ def _torchvision(name: str) -> Any:
 class TorchvisionSource:
     """A split of a torchvision classification data set, its images encoded as PNG (lossless).
 
-    `choices` are the arguments that select the split; the first that the data set knows is taken.
+    `choices` are arguments that select the split; the first that the data set knows is used.
     """
 
     num_ignored = 0
@@ -206,7 +207,7 @@ class TorchvisionSource:
 
 
 def torchvision_splits(name: str, root: Path) -> dict[str, Source]:
-    """Training and validation, or the test split where there is no such; a set without splits is all training."""
+    """Training and validation, or else the test split. A set without splits is all training."""
     accepts = inspect.signature(_torchvision(name)).parameters
     choices: dict[str, list[dict[str, Any]]] = {"train": [{}]}
     if "train" in accepts:

@@ -1,4 +1,4 @@
-"""From what `shards pack` calls SOURCE to training and validation."""
+"""From SOURCE of `shards pack` to training and validation."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +59,7 @@ def find_splits(
     val_fraction: float | None = None,
     seed: int = 0,
 ) -> dict[str, Source]:
-    """{"train": ..., "val": ...}, or one of them, of what `shards pack` calls SOURCE.
+    """{"train": ..., "val": ...}, or one of them, from SOURCE of `shards pack`.
 
     That is `torchvision/NAME` with its files in `root`, or a folder: with train/ and val/, each of class folders or
     with a table in `labels` (`SPLIT=CSV`); of class folders, or with a table (`CSV`); with ILSVRC2012_*.tar.
@@ -124,7 +124,7 @@ def split_off(source: Source, fraction: float, seed: int) -> dict[str, Source]:
         if taken > 0:
             held[items[permutation(count, SPLIT, seed, label)[:taken]]] = True
     if not held.any():
-        raise UserError("--val_fraction: every class has one image alone, and training keeps that")
+        raise UserError("--val_fraction: every class has only one image, which training keeps")
     return {
         "train": _Part(source, np.flatnonzero(~held), val_fraction=fraction),
         "val": _Part(source, np.flatnonzero(held), val_fraction=fraction),

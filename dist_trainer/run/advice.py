@@ -1,5 +1,4 @@
-"""What a person who knows the tricks would say of a config: before a run, of keys that work against each other; after
-it, of the keys to turn."""
+"""Advice on a config: before a run, warnings of keys that work against each other; after it, the keys to change."""
 
 from torch import nn
 
@@ -10,7 +9,7 @@ from dist_trainer.tricks.diagnosis import Verdict
 
 SMALL = 12_000_000
 VERY_SMALL = 2_000_000
-"""Parameters: below the first is ResNet-18, below the second MobileNets of a quarter of the width."""
+"""Numbers of parameters. ResNet-18 is below the first, MobileNets of a quarter of the width are below the second."""
 MANY_CLASSES = 1000
 """With fewer, a network is not small for its task."""
 
@@ -18,7 +17,7 @@ MANY_CLASSES = 1000
 def warnings(config: TrainConfig, parts: Blueprint, num_classes: int) -> list[str]:
     """One line each. Accuracies are PaddleClas's, on ImageNet ("Tricks for training", 2.2.4 to 2.2.6).
 
-    `num_classes` is 0 where it is not known; then nothing is said of the network's size.
+    `num_classes` is 0 if it is not known; then there is no warning about the network's size.
     """
     lines = []
     ema, updates = config.ema, parts.plan.total_steps - parts.ema_start
@@ -66,7 +65,7 @@ def _of_loss(config: TrainConfig, parts: Blueprint) -> list[str]:
 
 
 def _of_size(config: TrainConfig, size: int, num_classes: int) -> list[str]:
-    """What is too much for a network of so few parameters."""
+    """Regularisation that is too strong for a network with `size` parameters."""
     lines, smoothing = [], config.loss.label_smoothing
     if num_classes >= MANY_CLASSES and smoothing and size < SMALL:
         lines.append(

@@ -1,4 +1,4 @@
-"""The k best weights of a run: kept while it trains, averaged at its end."""
+"""The k best snapshots of a run: kept while it trains, averaged at its end."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,7 +13,7 @@ from dist_trainer.tricks.averaging import AveragingConfig, average, chosen_metri
 
 
 class Averaging:
-    """Snapshots of those weights whose metric the config names. Files are rank 0's to write, every rank's to read."""
+    """Snapshots of the weights whose metric the config names. Rank 0 writes the files, every rank reads them."""
 
     def __init__(self, config: AveragingConfig, weights: Weights, folder: Path, world: World) -> None:
         """Raises UserError for a metric that is not logged, and for a damaged index of snapshots."""
@@ -30,11 +30,12 @@ class Averaging:
         self._snapshots = Snapshots(self._folder, self._config.top_k, larger_is_better(self.metric))
 
     def resume(self, step: int) -> list[str]:
-        """Go back to what was kept as of the validation at `step` (collective); a line for each file that is gone."""
+        """Restore the snapshots as of the validation at `step` (collective). Returns a line for each missing file."""
         return on_main(self._world, lambda: self._snapshots.resume(step))
 
     def offer(self, name: str, step: int, metrics: dict[str, float]) -> str | None:
-        """Keep what the module holds, if it is these weights and among the best (collective); a line if not."""
+        """Keep the weights in the module if `name` is tracked and they are among the best (collective). Returns a line
+        if they are not finite."""
         if name != self._name:
             return None
         value = metrics[self._key]
@@ -44,7 +45,7 @@ class Averaging:
         return on_main(self._world, lambda: self._snapshots.offer(step, value, state))
 
     def commit(self, steps: Iterable[int]) -> None:
-        """To be called on rank 0 after a checkpoint was saved: the validations that the kept checkpoints know of."""
+        """Call on rank 0 after a save, with the last validation that each kept checkpoint knows of."""
         self._snapshots.commit(steps)
 
     def average(self, score: Callable[[State], float]) -> State | None:

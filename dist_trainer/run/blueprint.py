@@ -35,7 +35,7 @@ class Intervals:
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Intervals":
-        """Raises UserError naming the key of what is no duration."""
+        """Raises UserError that names a key whose value is not a duration."""
 
         def parse(name: str, text: str | None) -> Duration | None:
             if text is None:

@@ -1,4 +1,4 @@
-"""A run folder becomes this run's: from the start, with the weights to begin with, or where its checkpoints stand."""
+"""Claiming a run folder: at the start, with the initial weights, or at its newest checkpoint."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ def claim_or_initialise(
     world: World,
     terminal: Terminal,
 ) -> Claim:
-    """`claim_folder`; a run that starts anew starts with the configured weights, if any (collective)."""
+    """`claim_folder`; a run without checkpoints also loads the configured initial weights, if any (collective)."""
     has_checkpoints = on_main(world, lambda: bool(checkpoint.complete(folder.checkpoints)))
     report = None if has_checkpoints else load_initial_weights(config, model, world)  # mistakes show before the claim
     claim = claim_folder(config, folder=folder, identity_keys=identity_keys, world=world, terminal=terminal)

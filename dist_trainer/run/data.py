@@ -32,7 +32,7 @@ class RunData:
     """The indices of a run's data, mapped into memory."""
 
     train: ShardIndex
-    """With data.source: stream, which has no index, that of validation, for its classes."""
+    """With data.source: stream, which has no index, the validation index, for its classes."""
     val: ShardIndex
 
     @property
@@ -41,7 +41,7 @@ class RunData:
 
     @property
     def fingerprint(self) -> str:
-        """What the run's identity says of its data."""
+        """The data's part of the run's identity."""
         return f"{self.train.fingerprint[:16]} {self.val.fingerprint[:16]}"
 
 
@@ -112,7 +112,7 @@ class Streams:
 
 
 def open_streams(config: TrainConfig, data: RunData, plan: Plan, augment: Augment, world: World) -> Streams:
-    """Raises UserError for what the config says of the data and cannot be."""
+    """Raises UserError for settings that do not fit the data."""
     kind, seed = order_of(config.data, data.train), config.run.seed
     train = TrainStream(data.train, plan, config.data, augment, kind, seed, world)
     is_sorted = kind == "full" and config.data.order == "auto"
@@ -160,7 +160,7 @@ def train_eval_stream(
 
 
 def mended_samples(index: ShardIndex, config: DataConfig, bad_samples: BadSampleLog) -> list[int]:
-    """Known bad samples whose bytes are those of the index again."""
+    """Known bad samples that have been repaired: their bytes match the index again."""
     reader = Reader(index, options=config.storage_options, retry=config.retry, cache=config.cache)
     ids = np.array([bad.sample for bad in bad_samples.known if bad.kind == "crc"], np.int64)
     return [sample for sample, data in zip(ids.tolist(), reader.read(ids), strict=True) if not isinstance(data, Bad)]

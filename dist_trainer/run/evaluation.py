@@ -17,7 +17,7 @@ from dist_trainer.tricks.freezing import freeze
 
 
 class Evaluation:
-    """`load` weights, then `score` them; several times if need be."""
+    """`load` weights, then `score` them; repeat as needed."""
 
     def __init__(self, config: TrainConfig, world: World, terminal: Terminal) -> None:
         """Raises UserError for data that cannot be used (collective)."""

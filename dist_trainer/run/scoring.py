@@ -1,4 +1,4 @@
-"""Scoring weights on the validation set: each as it is and with batch-norm re-estimated; the best are kept."""
+"""Score weights on the validation set, as they are and with batch-norm re-estimated. The best are kept."""
 
 from dist_trainer.distributed.collectives import on_main
 from dist_trainer.engine.evaluate import EvalResult, evaluate, report_bad

@@ -66,8 +66,8 @@ class Saved:
 def prepare_run(config: TrainConfig, *, stem: str, world: World, terminal: Terminal) -> PreparedRun:
     """Open the data, make the blueprint, claim the run folder (collective).
 
-    `stem` begins the names of run folders. Whatever can be wrong with the config shows before the folder is touched.
-    Raises UserError, on every rank, for the user's mistakes.
+    `stem` begins the names of run folders. All checks of the config come before the folder is touched. Raises
+    UserError, on every rank, for the user's mistakes.
     """
     set_numerics(config.run.deterministic)
     data = open_data(config, world, terminal)
@@ -134,7 +134,7 @@ def load_model(folder: Path, blueprint: Blueprint, config: TrainConfig, world: W
     if config.model.sync_bn:
         check_same_world(saved.state["world"], world.size)
     if world.device.type == "cpu" and saved.state["world"] == world.size:
-        torch.set_num_threads(saved.state["threads"])  # another number of threads adds floats in another order
+        torch.set_num_threads(saved.state["threads"])  # the number of threads decides the order of float sums
     checkpoint.load_into(blueprint.model, saved.tensors("model"), str(folder))
     return saved
 
@@ -146,7 +146,8 @@ def build_learner(
     folder: RunFolder,
     world: World,
 ) -> Learner:
-    """The engine on its device, and what follows its weights. Raises UserError for what does not go together."""
+    """The engine on its device, and everything derived from its weights. Raises UserError for what does not go
+    together."""
     engine = build_engine(
         config.engine,
         model=blueprint.model,
@@ -181,7 +182,7 @@ def build_ema(config: EmaConfig, engine: Engine, batch_norm: RunningStatistics, 
 
 
 def new_record(config: TrainConfig, prepared: PreparedRun, world: World, terminal: Terminal) -> Record:
-    """The record of a run that has not made a step."""
+    """The record of a run before its first step."""
     train = prepared.data.train
     return Record(
         folder=prepared.claim.folder,
@@ -219,7 +220,7 @@ def restore(
 
 
 def step_sums(plan: Plan, learner: Learner, record: Record, stop: StopRequest, world: World) -> StepSums:
-    """What the ranks tell each other once per step."""
+    """The sum that the ranks exchange once per step."""
     return StepSums(
         plan=plan,
         batch_norm=learner.batch_norm,

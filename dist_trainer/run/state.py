@@ -1,4 +1,4 @@
-"""What a run is made of, in groups: what it reads, what learns, what is kept of it, how far it is."""
+"""The parts of a run, in groups: streams, learner, record, progress."""
 
 import contextlib
 import time
@@ -58,7 +58,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """The network in its engine, the rate that it learns at, and all that is derived from its weights."""
+    """The network in its engine, its learning rate, and everything derived from its weights."""
 
     engine: Engine
     learning_rate: LearningRate
@@ -70,17 +70,17 @@ class Learner:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What is kept of a run and told about it."""
+    """What is stored and logged about a run."""
 
     folder: RunFolder
     tracker: Tracker
     meter: Meter
     bad_samples: BadSampleLog
     facts: dict[str, Any]
-    """What a checkpoint says about how it was made."""
+    """How the run was set up, for its checkpoints."""
     started: float = field(default_factory=time.perf_counter)
     seconds: dict[str, float] = field(default_factory=lambda: {"eval": 0.0, "save": 0.0})
-    """Spent on other things than training."""
+    """Time that was not spent on training."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What the ranks tell each other once per step, in one asynchronous sum: loss, counts, stop votes, batch-norm sums."""
+"""One asynchronous sum over the ranks per step: loss, counts, stop votes, batch-norm sums."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +17,9 @@ from dist_trainer.tricks.ema import Ema
 
 
 class StepSums:
-    """`exchange` starts the sum of the step that ends and takes in the one before; `finish` waits for the last.
+    """`exchange` collects the sum of the step before and starts that of this one; `finish` waits for the last.
 
-    Waiting earlier or later changes no value, so logs, evaluations and saves may call `finish` whenever they like.
+    Waiting earlier or later changes no value, so logs, evaluations and saves may call `finish` at any time.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class StepSums:
         """Start the sum of a step whose update was made or, if not `applied`, was not: its statistics do not count."""
         self.finish()
         votes = [float(self._stop_request.signal == name) for name in STOP_SIGNALS]
-        pinned = self._device.type == "cuda"  # a copy from other memory would wait for the device
+        pinned = self._device.type == "cuda"  # a copy from pageable memory would wait for the device
         num_problems = float(len(self._bad) + len(self._outages))
         head = torch.tensor([0.0, self._num_samples, num_problems, *votes], dtype=torch.float64, pin_memory=pinned)
         head = head.to(self._device, non_blocking=True)
@@ -74,12 +74,12 @@ class StepSums:
         self._problems = [asdict(bad) for bad in self._bad], self._outages
         self._reset()
         if not applied:
-            # Buffers that hold NaN would hand it on: even momentum 1 computes 0 * NaN.
+            # NaN in a buffer would survive: even momentum 1 computes 0 * NaN.
             self._batch_norm.publish()
-            self.finish()  # whether storage was the reason must be known before the step is counted
+            self.finish()  # an outage must be known before the step is counted
 
     def finish(self) -> None:
-        """Take in the last step's sum, if it is not in yet."""
+        """Collect the last step's sum, if that has not been done."""
         if not self._sum.is_pending:
             return
         (loss_sum, num_samples, num_problems, *votes), vector = self._sum.collect()
@@ -95,7 +95,7 @@ class StepSums:
                 self.stop = name
 
     def _share_problems(self) -> None:
-        """Some rank met bad samples or lost its storage: all learn which (collective; rare)."""
+        """Tell all ranks of bad samples and outages that some rank met (collective; rare)."""
         for bad, outages in gather_json(self._world, self._problems):
             new = self._bad_samples.add(BadSample(**each) for each in bad)
             if self._world.is_main:

@@ -46,7 +46,7 @@ def finish_run(run: Run, stopped_by: str | None) -> dict[str, Any]:
 
 
 def _diagnosis(run: Run) -> dict[str, Any] | None:
-    """Of the last evaluation, where training samples were scored and were enough to tell."""
+    """From the last evaluation, if enough training samples were scored."""
     progress, streams = run.progress, run.streams
     if streams.train_eval is None or not progress.train_eval:
         return None

@@ -1,4 +1,4 @@
-"""Which weights a run can score and save: the model's and their moving average, each with its batch-norm statistics."""
+"""The weights that a run can score and save: the model's and their moving average, with their batch-norm statistics."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from dist_trainer.tricks.precise_bn import re_estimate
 
 
 class Weights:
-    """Swaps one set of weights after another into the engine's module. All is put back: training never notices."""
+    """Swaps sets of weights into the engine's module, and the training weights back, bit for bit."""
 
     def __init__(
         self, engine: Engine, batch_norm: RunningStatistics, ema: Ema | None, bn_samples: FixedSampleStream | None

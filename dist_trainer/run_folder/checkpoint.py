@@ -93,7 +93,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def load_tensors(folder: Path, name: str) -> State:
-    """`name`.safetensors, on the host. Raises UserError for a file that is none."""
+    """`name`.safetensors, on the host. Raises UserError for another kind of file."""
     return read_tensors(folder / f"{name}.safetensors")
 
 
@@ -115,7 +115,7 @@ def save(root: Path, step: int, tensors: dict[str, State], state: dict[str, Any]
             shutil.rmtree(target, ignore_errors=True)
         raise UserError(f"cannot save {folder}: {error}; earlier checkpoints are whole") from None
     older = [other for other in _steps(root) if other.name < folder.name and not fault(other, digests=False)]
-    # What is newer was passed over as damaged when this run resumed: it must not outlive its repetition.
+    # Newer ones were found damaged when this run resumed: they must not survive being repeated.
     for other in _steps(root):
         if other != folder and other not in older[: keep - 1]:
             shutil.rmtree(other, ignore_errors=True)
@@ -127,7 +127,7 @@ def replace_best(root: Path, weights: State, metrics: dict[str, Any]) -> None:
 
 
 def write_weights(path: Path, weights: State) -> None:
-    """One safetensors file, whole or not at all. Raises UserError when the storage refuses."""
+    """Write one safetensors file atomically. Raises UserError when the storage refuses."""
     try:
         save_tensors(weights, path, durable=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""env.json: enough to know later what ran. The environment's variables stay out: they hold secrets."""
+"""env.json: what ran, on which machine. Environment variables are left out: they hold secrets."""
 
 import contextlib
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""The run folder: where things are in it, and the small files that other programs read."""
+"""The run folder: its layout, and the small files that other programs read."""
 
 import json
 from dataclasses import dataclass, field
@@ -20,15 +20,16 @@ class RunConfig:
     dir: str = "runs"
     """Where run folders are made."""
     name: str = "auto"
-    """auto: the config's stem and 8 hex digits of all that changes the result, so that starting again goes on."""
+    """auto: the config's stem and 8 hex digits of everything that changes the result, so that starting again resumes.
+    """
     timeout: float = 600.0
     """Seconds without progress after which a rank writes the stacks of its threads to stacks/ and ends; ranks that wait
     for another one end a minute later."""
     seed: int = 0
     """Of initial weights, order, augmentation and dropout."""
     deterministic: bool = False
-    """The same bits each time on the same devices, with slower kernels; an operation that has none ends the run by
-    name. On CPUs runs are so anyway."""
+    """The same bits each time on the same devices, with slower kernels; an operation without one ends the run, by name.
+    On CPUs runs are deterministic anyway."""
     allow_change: list[str] = field(default_factory=list)
     """Keys that may differ from those the run folder was started with."""
 
@@ -69,7 +70,7 @@ class RunFolder:
         return self.path / "bad_samples.jsonl"
 
     def write_pretrained(self, loaded: dict[str, Any]) -> None:
-        """pretrained.json: what the weights were that the run began with, and every name of them that did not fit."""
+        """pretrained.json: the source of the initial weights, and every name that did not fit."""
         replace_text(self.path / "pretrained.json", json.dumps(loaded, indent=1) + "\n")
 
     def write_config(self, config: dict[str, Any], identity: dict[str, Any], allow_change: list[str]) -> list[str]:
@@ -100,7 +101,7 @@ class RunFolder:
         replace_text(self.path / "env.json", json.dumps(describe_environment(world_size), indent=1))
 
     def write_state(self, state: Literal["running", "stopped", "done"]) -> None:
-        """STATE: what a batch script decides from, since exit codes under torchrun lie."""
+        """STATE: batch scripts decide from it, since exit codes under torchrun are not reliable."""
         replace_text(self.path / "STATE", state + "\n")
 
     def write_summary(self, summary: dict[str, Any]) -> None:

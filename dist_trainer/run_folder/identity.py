@@ -1,4 +1,4 @@
-"""What makes two runs the same run: the keys that change the result, their digest in the run's name."""
+"""A run's identity: the keys that change the result, and their digest in the run's name."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# Not in the run's identity: where things are, how they are spread over machines, how the same numbers are computed;
+# Not in the identity: locations, the layout over machines, how the same numbers are computed;
 # and data.preprocess, which fills other keys.
 _PLACEMENT = ("run.dir", "run.name", "run.allow_change", "run.timeout", "run.deterministic", "wandb.", "checkpoint.",
               "log.", "data.train", "data.val", "data.workers", "data.cache.", "data.retry.", "data.storage_options",
@@ -24,7 +24,7 @@ _PLACEMENT = ("run.dir", "run.name", "run.allow_change", "run.timeout", "run.det
 
 
 def identity(config: dict[str, Any], fingerprint: str) -> dict[str, Any]:
-    """Every key that changes the result, flat, with the data's fingerprint in the place of their path."""
+    """Every key that changes the result, flat, with the data's fingerprint instead of their path."""
     flat = {key: value for key, value in _flatten(config).items() if not key.startswith(_PLACEMENT)}
     return {**flat, "data.fingerprint": fingerprint}
 

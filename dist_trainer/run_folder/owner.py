@@ -1,4 +1,4 @@
-"""Who trains in a run folder: owner.json with a heartbeat, so that a second live trainer is refused."""
+"""Ownership of a run folder: owner.json with a heartbeat, so that a second live trainer is refused."""
 
 import contextlib
 import fcntl
@@ -76,7 +76,7 @@ class Ownership:
 
     def _beat_on(self) -> None:
         while not self._released.wait(_HEARTBEAT_S):
-            with contextlib.suppress(OSError):  # a full disk must not end the thread; the next beat may pass
+            with contextlib.suppress(OSError):  # a full disk must not end the thread; the next beat may succeed
                 self._beat()
 
     def release(self) -> None:

@@ -1,7 +1,7 @@
 """The k best weights of a run by a metric of its validation, for averaging. One file each; an index written last.
 
-`step_00012345.safetensors` and `index.json`, which alone says what there is. Both are written under another name,
-brought to the disk and renamed, so at every moment the index names whole files only.
+`step_00012345.safetensors` and `index.json`, which alone decides what exists. Both are written under another name,
+synced and renamed, so the index always names complete files.
 """
 
 import json
@@ -24,7 +24,7 @@ _OURS = re.compile(r"\.?step_\d{8,}\.safetensors|\.index\.json|\.tmp\w{6}")  # .
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One file, as the index has it."""
+    """One file, as in the index."""
 
     step: int
     value: float
@@ -41,11 +41,11 @@ class Snapshot:
 class Snapshots:
     """The `top_k` best snapshots in `folder`. Opening reads; one process writes, `resume` first.
 
-    A run that is killed goes on from a checkpoint and repeats what came after, so it must find the k best as of that
+    A killed run resumes from a checkpoint and repeats what came after, so it must find the k best as of that
     checkpoint, although later ones may have displaced some. So a displaced snapshot stays, marked with the step that
-    displaced it, as long as a kept checkpoint (`commit`) lies between its own step and that one; `resume(step)` drops
-    what is later than `step` and puts back what was displaced later. A checkpoint is known here by the last step
-    whose validation it knows of, and 0 is the start of the run.
+    displaced it, as long as a kept checkpoint (`commit`) lies between its own step and that one. `resume(step)` drops
+    snapshots later than `step` and restores those displaced later. A checkpoint is identified by the last step whose
+    validation it knows of; 0 is the start of the run.
     """
 
     def __init__(self, folder: Path, top_k: int, larger_is_better: bool = True) -> None:
@@ -65,7 +65,7 @@ class Snapshots:
             pass
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{folder / INDEX} does not parse ({error}); move {folder} away to go on without its snapshots"
+                f"{folder / INDEX} does not parse ({error}); move {folder} away to continue without its snapshots"
             ) from None
 
     @property
@@ -78,20 +78,20 @@ class Snapshots:
         return sorted(standing, key=lambda each: (-self._sign * each.value, each.step))
 
     def would_take(self, value: float) -> bool:
-        """Whether weights of this `value` are to be offered: finite, and room for them or the worst is worse."""
+        """Whether to offer weights of this `value`: it is finite, and there is room or the worst is worse."""
         best = self.best
         full = len(best) >= self._top_k
         return math.isfinite(value) and not (full and (not best or self._sign * (value - best[-1].value) <= 0))
 
     def offer(self, step: int, value: float, weights: State) -> str | None:
-        """Keep `weights` if they are among the best, in the place of the worst.
+        """Keep `weights` if they are among the best, instead of the worst.
 
-        Returns a line if weights or value are not finite, which are not kept. A `step` offered again takes its own
-        place: nothing from it on counts any more. Raises UserError when the storage refuses; the earlier snapshots
-        are whole then.
+        Returns a line if weights or value are not finite, which are not kept. A `step` that is offered again replaces
+        its snapshot, and later ones are dropped. Raises UserError when the storage refuses; the earlier snapshots are
+        whole then.
         """
         if (before := self._as_of(step - 1)) != self._all:
-            self._put(before, self._checkpoints)  # first, since the file of this step is about to be another
+            self._put(before, self._checkpoints)  # first, since the file of this step is about to change
         if not math.isfinite(value):
             return f"step {step}: no snapshot is kept, its metric is {value}"
         if not self.would_take(value):
@@ -110,9 +110,9 @@ class Snapshots:
         return None
 
     def resume(self, step: int) -> list[str]:
-        """Go back to the k best as of `step`, and remove what the index does not name.
+        """Go back to the k best as of `step`, and remove files that the index does not name.
 
-        Returns a line for each file that is gone or cut off, which is dropped. Raises UserError as `offer` does.
+        Returns a line for each missing or truncated file, which is dropped. Raises UserError as `offer` does.
         """
         there, notes = [], []
         for each in self._as_of(step):
@@ -125,17 +125,18 @@ class Snapshots:
         return notes
 
     def commit(self, steps: Iterable[int]) -> None:
-        """After a checkpoint was saved, say which there are: what none of them needs goes. Raises as `offer` does."""
+        """After a save, set the kept checkpoints: snapshots that none of them needs are removed. Raises as `offer`
+        does."""
         self._put(self._all, sorted(steps))
 
     def load(self, snapshot: Snapshot) -> State:
-        """Its weights, on the host. Raises UserError for a file that is not what was written."""
+        """A snapshot's weights, on the host. Raises UserError for a file that changed since it was written."""
         if reason := self._fault(snapshot, digests=True):
             raise UserError(f"{self.folder / snapshot.file} {reason}: damaged; average without it, with --files")
         return read_tensors(self.folder / snapshot.file)
 
     def members(self) -> Iterator[tuple[str, State]]:
-        """(file name, weights) of `best`, each loaded when its turn comes."""
+        """(file name, weights) of `best`, loaded one at a time."""
         return ((each.file, self.load(each)) for each in self.best)
 
     def _as_of(self, step: int) -> list[Snapshot]:
@@ -163,7 +164,7 @@ class Snapshots:
             raise UserError(f"cannot keep {path}: {error}; the earlier snapshots are whole") from None
 
     def _put(self, snapshots: list[Snapshot], checkpoints: list[int]) -> None:
-        """Make the index say so, then remove the files that it does not name."""
+        """Write the index, then remove the files that it does not name."""
 
         def needed(each: Snapshot) -> bool:
             return each.displaced is None or any(each.step <= step < each.displaced for step in checkpoints)

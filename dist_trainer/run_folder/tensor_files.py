@@ -23,7 +23,7 @@ def on_host(state: State) -> State:
 
 
 def save_tensors(tensors: State, path: Path, *, durable: bool = False) -> None:
-    """Write a safetensors file, whole or not at all. Raises OSError when the storage refuses."""
+    """Write a safetensors file atomically. Raises OSError when the storage refuses."""
     with replacing(path, durable=durable) as temporary:
         try:
             save_file(on_host(tensors), temporary)
@@ -32,7 +32,7 @@ def save_tensors(tensors: State, path: Path, *, durable: bool = False) -> None:
 
 
 def read_tensors(path: Path) -> State:
-    """All tensors of a safetensors file, on the host. Raises UserError for a file that is none."""
+    """All tensors of a safetensors file, on the host. Raises UserError for another kind of file."""
     try:
         tensors: State = load_file(path)
     except SafetensorError as error:

@@ -1,4 +1,4 @@
-"""Build the index of many shards in parallel. A build that was killed goes on with the shards that are missing."""
+"""Build the index of many shards in parallel. Resumable: a killed build continues with the missing shards."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from dist_trainer.shards.scan import scan_shard
 from dist_trainer.storage.retry import concurrently
 from dist_trainer.storage.storage import Stat, Storage, is_remote
 
-_FEW_BYTES, _FEW_FILES = 2**31, 20_000  # read sooner than processes start
+_FEW_BYTES, _FEW_FILES = 2**31, 20_000  # faster to read than to start processes
 _AT_ONCE = 32  # requests for sizes under way
 
 
@@ -41,7 +41,7 @@ class ShardSet:
 
 @dataclass(frozen=True)
 class _Task:
-    """One shard to be scanned, and the file that keeps what was found."""
+    """One shard to scan, and the file that keeps the result."""
 
     location: str
     rule: LabelRule
@@ -51,7 +51,7 @@ class _Task:
 
 def _run(task: _Task, options: Mapping[str, Any] | None) -> ShardScan:
     scan = scan_folder(task.location) if task.is_folder else scan_shard(task.location, Storage(options), task.rule)
-    with suppress(OSError):  # without it the build can end all the same
+    with suppress(OSError):  # the build works without it
         _save_part(task.part, scan)
     return scan
 
@@ -73,7 +73,7 @@ def _save_part(path: Path, scan: ShardScan) -> None:
 
 
 def _load_part(path: Path) -> ShardScan | None:
-    """What an earlier build found; None when it is not there, or damaged."""
+    """The result of an earlier build; None if it is missing or damaged."""
     if not path.exists():
         return None
     try:
@@ -128,8 +128,8 @@ def build_index(
 ) -> ShardIndex:
     """Scan `shards` and write their index to `out`.
 
-    What was scanned is kept in `.NAME.parts` beside `out` until the index is whole, by name, size and stamp of each
-    shard. Raises UserError for what is missing, unreadable or (see `join`) bad.
+    Results are kept in `.NAME.parts` beside `out` until the index is complete, by name, size and stamp of each shard.
+    Raises UserError for missing and unreadable shards, and for too many bad samples (see `join`).
     """
     stats = sizes_and_stamps(shards, Storage(options))
     if is_remote(shards.root):
@@ -171,7 +171,7 @@ def _scan_all(
     advice: str,
     say: Callable[[str], None],
 ) -> list[ShardScan]:
-    """The scan of every task, in their order: those that are kept are taken, the others are made."""
+    """The scan of every task, in order: kept results are reused, the others are scanned."""
     scans = {number: scan for number, task in enumerate(tasks) if (scan := _load_part(task.part)) is not None}
     if scans:
         say(f"{len(scans):,} of {len(tasks):,} shards are done already")
@@ -185,11 +185,11 @@ def _scan_all(
             for number, scan in results:
                 scans[todo[number]] = scan
                 if len(scan.problems) > max(allow_bad, 1) and (scan.samples["label"] == BAD).all():
-                    # A wrong --label is not worth the reading of all shards.
+                    # With a wrong --label, do not read all shards.
                     hopeless = f"a shard without a good sample; {advice}"
                     raise refusal(shards.root, scan.problems, allow_bad, hopeless)
                 advance(sizes[todo[number]])
         except Outage as error:
-            done = f"{len(scans):,} of {len(tasks):,} shards are done, and the next start goes on from there"
+            done = f"{len(scans):,} of {len(tasks):,} shards are done, and the same command continues from there"
             raise UserError(f"{error}; {done}") from None
     return [scans[number] for number in range(len(tasks))]

@@ -1,4 +1,4 @@
-"""Hold shards against their index, and list the samples that are bad."""
+"""Compare shards with their index, and list bad samples."""
 
 import tarfile
 import zlib
@@ -14,12 +14,12 @@ from dist_trainer.shards.tar import BLOCK
 from dist_trainer.storage.storage import Storage
 
 Level = Literal["headers", "crc", "decode"]
-_FEW = {"headers": 100_000, "crc": 20_000, "decode": 1000}  # samples that are checked sooner than processes start
+_FEW = {"headers": 100_000, "crc": 20_000, "decode": 1000}  # faster to check than to start processes
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with sample `sample` of the index, or with a whole shard where that is None."""
+    """What is wrong with sample `sample` of the index, or with a whole shard if that is None."""
 
     shard: str
     sample: int | None
@@ -35,7 +35,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class _Work:
-    """Travels to every process: the index maps itself there."""
+    """Sent to every process, where the index maps its file."""
 
     index: ShardIndex
     level: Level
@@ -57,11 +57,11 @@ def check_index(
     num_processes: int = 1,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Finding]:
-    """Every sample of `index` that is not what the index says, in order.
+    """Every sample that differs from `index`, in order.
 
-    headers: shards are there and have their size, and where the index has an image the tar has the header of one;
-    crc: its bytes too; decode: it decodes, to the width and height of the index. Samples that were bad when they were
-    indexed are passed over.
+    headers: shards are there and have their size, and where the index has an image the tar has the header of one; crc:
+    its bytes too; decode: it decodes, to the width and height of the index. Samples that were bad when they were
+    indexed are skipped.
     """
     counts = index.counts.tolist()
     found: dict[int, list[Finding]] = {}

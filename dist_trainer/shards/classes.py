@@ -1,4 +1,4 @@
-"""Class names: their list in a file, one numbering for training and validation; whether samples lie sorted by class."""
+"""Class names: their list in a file, one numbering for training and validation; whether samples are sorted by class."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ CLASSES_FILE = "classes.txt"
 
 
 def read_classes(location: str, storage: Storage) -> tuple[str, ...]:
-    """The class names in a file, one per line. Raises FileNotFoundError, and UserError for what is no such list."""
+    """The class names in a file, one per line. Raises FileNotFoundError, and UserError for a file of another kind."""
     try:
         lines = storage.read(location).decode().splitlines()
     except UnicodeDecodeError:
@@ -49,12 +49,12 @@ def is_class_sorted(index: ShardIndex) -> bool:
 
 
 def _are_numbers(names: Sequence[str]) -> bool:
-    """Whether classes are called by their numbers: nobody named them."""
+    """Whether classes have no names but their numbers."""
     return all(name == str(number) for number, name in enumerate(names))
 
 
 def match_classes(train: ShardIndex, val: ShardIndex) -> ShardIndex:
-    """`val` with the class list of `train`: its labels change where its names stand in another order.
+    """`val` with the class list of `train`: its labels are renumbered if its names are in another order.
 
     Raises UserError when the sets differ, or when classes without names have numbers that training has not.
     """
@@ -85,14 +85,14 @@ def match_classes(train: ShardIndex, val: ShardIndex) -> ShardIndex:
     if len(ours) < train.num_classes or len(theirs) < val.num_classes:
         raise UserError("data.val: some of its classes share a name, and stand in another order than in data.train")
     numbers = {name: number for number, name in enumerate(train.class_names)}
-    table = np.array([*(numbers[name] for name in val.class_names), BAD], np.int32)  # BAD, -1, takes the last
+    table = np.array([*(numbers[name] for name in val.class_names), BAD], np.int32)  # BAD, -1, selects the last
     samples: Any = val.samples.copy()
     samples["label"] = table[samples["label"]]
     return replace(val, samples=samples, class_names=train.class_names)
 
 
 def numbering_note(train: ShardIndex, val: ShardIndex) -> str | None:
-    """What `match_classes` takes on trust, if anything: numbers alone cannot be held against names."""
+    """A line on what `match_classes` cannot check: numbers cannot be compared with names."""
     if not _are_numbers(val.class_names) or _are_numbers(train.class_names):
         return None
     pairs = ", ".join(f"{number} is {name}" for number, name in enumerate(train.class_names[:2]))

@@ -1,4 +1,4 @@
-"""Whether an index still fits its shards: names, sizes, and where a time of change or ETag differs, content."""
+"""Whether an index still fits its shards: names, sizes, and content if a modification time or ETag differs."""
 
 import zlib
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ _AT_ONCE = 32  # requests under way
 
 
 def check_shards(index: ShardIndex, path: Path, shards: ShardSet | None) -> None:
-    """The shards that a location names now are those of the index. Raises UserError naming one that is not."""
+    """Check that a location still names the shards of the index. Raises UserError naming one that differs."""
     if shards is None:
         return
     known = _locations(index)
     new = sorted(set(shards.locations) - set(known))
     if new:
         raise UserError(
-            f"{new[0]}: not in {path}, which was made before; delete that to index anew, "
+            f"{new[0]}: not in {path}, which is older; delete that to index again, "
             "or name the tars that you mean by a brace pattern"
         )
     if is_remote(shards.root) and len(known) > len(shards.names):
@@ -40,7 +40,8 @@ def check_shards(index: ShardIndex, path: Path, shards: ShardSet | None) -> None
 
 
 def check_content(index: ShardIndex, path: Path, storage: Storage) -> str:
-    """Compare sizes and stamps; where a stamp changed, content. New stamps are saved in `path` where it can be written.
+    """Compare sizes and stamps, and content where a stamp changed. New stamps are saved in `path` where it can be
+    written.
 
     Returns a line to say, or "". Raises UserError naming a shard that is missing or not what was indexed.
     """
@@ -49,7 +50,7 @@ def check_content(index: ShardIndex, path: Path, storage: Storage) -> str:
     changed = sum(old != new for old, new in zip(index.stamps, stamps, strict=True))
     if not changed:
         return ""
-    with suppress(OSError):  # then they are looked at again next time
+    with suppress(OSError):  # then they are compared again next time
         replace(index, stamps=tuple(stamps)).save(path)
     kind = "class folders" if is_folder else "tars"
     return f"{changed:,} {kind} have another time of change than {path} says, and the same content"
@@ -60,11 +61,11 @@ def _locations(index: ShardIndex) -> list[str]:
 
 
 def _mend(path: Path) -> str:
-    return f"restore it, or delete {path} to index anew"
+    return f"restore it, or delete {path} to index again"
 
 
 def _tar_stamps(index: ShardIndex, path: Path, storage: Storage) -> list[str]:
-    """The tars' stamps of now. Of each that changed, 64 checksums are compared."""
+    """The tars' current stamps. For each that changed, 64 checksums are compared."""
     locations, stamps = _locations(index), []
     for location, stat, size in zip(locations, stat_all(locations, storage), index.sizes.tolist(), strict=True):
         if stat is None:
@@ -98,7 +99,7 @@ def _spread(index: ShardIndex, shard: int) -> list[int]:
 
 
 def _folder_stamps(index: ShardIndex, path: Path) -> list[str]:
-    """The class folders' stamps of now. A file that changed and kept its size is noticed when it is read."""
+    """The class folders' current stamps. A changed file of the same size is detected when it is read."""
     stamps = []
     for shard, folder in enumerate(_locations(index)):
         if not Path(folder).is_dir():
@@ -116,7 +117,7 @@ def _folder_stamps(index: ShardIndex, path: Path) -> list[str]:
 def is_current(
     path: Path, shards: ShardSet, rule: LabelRule, class_names: Sequence[str], allow_bad: int, storage: Storage
 ) -> bool:
-    """Whether `path` is what indexing would give: the same shards, unchanged, with labels found in the same way."""
+    """Whether `path` equals a new index: the same shards, unchanged, with the same label rule."""
     if not path.is_file():
         return False
     try:

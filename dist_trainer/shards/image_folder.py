@@ -14,7 +14,7 @@ from dist_trainer.shards.scan import IMAGE_SUFFIXES, measure, rows
 
 
 def class_folders(root: Path) -> list[str]:
-    """Sorted names of the folders in `root`, hidden ones aside."""
+    """Sorted names of the folders in `root`, without hidden ones."""
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
@@ -23,7 +23,7 @@ def is_image(name: str) -> bool:
 
 
 def holds_images(root: Path) -> bool:
-    """Whether some class folder holds an image itself, and not in folders of its own alone."""
+    """Whether some class folder holds an image directly, not only in subfolders."""
     return any(is_image(entry.name) for name in class_folders(root) for entry in os.scandir(root / name))
 
 
@@ -37,14 +37,15 @@ def images_below(folder: str) -> list[str]:
 
 
 def stamp_of(folder: str, files: Iterable[str]) -> str:
-    """What changes when a file is added to, removed from or renamed in a folder that holds one of `files`."""
+    """A stamp that changes when a file is added, removed or renamed in a folder that holds one of `files`."""
     folders = sorted({"", *(file.rpartition("/")[0] for file in files)})
     times = [(inside, Path(folder, inside).stat().st_mtime_ns) for inside in folders]
     return hashlib.sha256(json.dumps(times).encode()).hexdigest()[:16]
 
 
 def scan_folder(folder: str) -> ShardScan:
-    """Read every image of a class folder; its label is the folder's name. What is no image becomes a Problem.
+    """Read every image of a class folder; its label is the folder's name. A file that is not an image becomes a
+    Problem.
 
     Raises UserError for a folder without images, which is no class.
     """
@@ -82,9 +83,9 @@ def file_names(index: ShardIndex, shard: int) -> list[str]:
 
 
 def what_changed(index: ShardIndex, shard: int) -> str:
-    """What a class folder holds that the index does not know, or the other way round; "" when all is as it was.
+    """How a class folder differs from the index; "" if it does not.
 
-    A file that only changed is noticed when its size did; its checksum is looked at when it is read.
+    A changed file is detected here by its size, and by its checksum when it is read.
     """
     folder, known = index.shard_path(shard), file_names(index, shard)
     there = set(images_below(folder))

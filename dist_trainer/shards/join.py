@@ -1,4 +1,4 @@
-"""What was read shard by shard becomes one index: classes get their numbers, problems are counted."""
+"""Join the scans of shards to one index: classes get numbers, problems are counted."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class ShardScan:
-    """What one shard holds: rows of SAMPLE in file order, its size in bytes, and what is wrong with it.
+    """The content of one shard: rows of SAMPLE in file order, its size in bytes, and its problems.
 
     A row's label is a class number, or -2 - i for the class called names[i], or BAD.
     """
@@ -26,7 +26,7 @@ class ShardScan:
     """Each has a row with the label BAD; `sample` is the number of that row."""
     names: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
-    """Of a folder: the file of each row, relative to it."""
+    """For a folder: the file of each row, relative to it."""
 
 
 def join(
@@ -41,9 +41,9 @@ def join(
 ) -> ShardIndex:
     """One index of scanned shards, called `names`, relative to `root`.
 
-    Without `class_names`, classes are the sorted names that were found, or are called by their numbers. Raises
-    UserError for more than `allow_bad` problems (`advice` says what to do; a line for each of the first 20 follows),
-    for labels beyond `class_names`, for a mixture of names and numbers, and when no sample is left.
+    Without `class_names`, classes are the sorted names that were found, or just numbers. Raises UserError for more than
+    `allow_bad` problems (`advice` says what to do; a line for each of the first 20 follows), for labels beyond
+    `class_names`, for a mixture of names and numbers, and when no sample is left.
     """
     class_names = tuple(class_names) or _names_found(scans, root)
     order = {name: number for number, name in enumerate(class_names)}

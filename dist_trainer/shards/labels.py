@@ -1,4 +1,4 @@
-"""Where a sample's label is: in its `.cls`, in a field of its `.json`, or in its key."""
+"""The source of a sample's label: its `.cls`, a field of its `.json`, or its key."""
 
 import json
 from dataclasses import dataclass
@@ -6,21 +6,21 @@ from typing import Any, Literal
 
 from dist_trainer.errors import UserError
 
-MAX_LABEL = 2**20 - 1  # a larger one is a mistake, and every class up to it gets a name
+MAX_LABEL = 2**20 - 1  # a larger number is a mistake: every class up to it would get a name
 _FORMS = "cls, json:KEY (such as json:label or json:meta.label) or key"
 
 
 @dataclass(frozen=True)
 class LabelRule:
-    """How labels are read; `text` is how a user writes it."""
+    """How labels are read; `text` is the user's notation."""
 
     kind: Literal["cls", "json", "key"] = "cls"
     fields: tuple[str, ...] = ()
-    """Of `json`: the name of the field, after those of the objects that it is in."""
+    """For `json`: the path to the field."""
 
     @classmethod
     def parse(cls, text: str) -> "LabelRule":
-        """Raises UserError for what is no rule."""
+        """Raises UserError for an unknown rule."""
         kind, _, field = text.partition(":")
         fields = tuple(field.split("."))
         if kind == "json" and all(fields):

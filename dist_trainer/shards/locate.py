@@ -1,4 +1,4 @@
-"""What a user names: an index, a folder of tars, an image folder, one tar, a brace pattern; here or at a URL."""
+"""A user's locations: an index, a folder of tars, an image folder, a tar, a brace pattern; paths or URLs."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ INDEX_SUFFIX = ".dtx"
 
 @dataclass(frozen=True)
 class DataPlace:
-    """Where an index is or would be (path or URL), and its shards; None where the location is the index itself."""
+    """The path or URL of an index that may not exist yet, and its shards; None if the location is an index."""
 
     index: str
     shards: ShardSet | None
@@ -30,7 +30,7 @@ class DataPlace:
 
 
 def locate(locations: Sequence[str], storage: Storage) -> DataPlace:
-    """Understand what a user wrote, one location or several tars. Whether named tars exist is not looked at.
+    """Resolve one location, or several tars. Whether named tars exist is not looked at.
 
     Raises UserError for what holds no images, for a pattern that does not parse, and for what cannot be reached.
     """
@@ -92,7 +92,9 @@ def _local_folder(location: str) -> DataPlace:
     if index.exists():
         return DataPlace(str(index), None)
     if not classes:
-        raise UserError(f"{location}: no tars there, and no class folders; dist-trainer shards pack --help makes tars")
+        raise UserError(
+            f"{location}: no tars there, and no class folders; dist-trainer shards pack --help says how to make tars"
+        )
     raise UserError(
         f"{location}: no tars there, and no images in its folders ({', '.join(classes[:3])}); "
         f"name the folder that holds the tars or the class folders, such as {location.rstrip('/')}/{classes[0]}"
@@ -113,7 +115,7 @@ def _remote_folder(url: str, storage: Storage) -> DataPlace:
 
 
 def rooted(shards: ShardSet, index: Path) -> ShardSet:
-    """`shards` relative to the folder of `index` where they lie in it or below, so that all may be moved together."""
+    """`shards` relative to the folder of `index` if they are in it or below, so that all can be moved together."""
     folder = index.absolute().parent
     if is_remote(shards.root) or not Path(shards.root).is_relative_to(folder):
         return shards

@@ -1,4 +1,4 @@
-"""From what a config names to an index that is whole and fits its shards; made here where that takes no decision."""
+"""From a location to an index that is complete and fits its shards; made here if that needs no decision."""
 
 import hashlib
 import os
@@ -37,11 +37,11 @@ def prepare_index(
     retry: RetryConfig | None = None,
     fallback: Path | None = None,
 ) -> tuple[str, str]:
-    """The index of `location`, held against its shards; local tars and image folders without one are indexed.
+    """The index of `location`, checked against its shards. Local tars and image folders without one are indexed.
 
-    To be called on one rank. `fallback` is a folder for what cannot be written beside the data: the index of a
-    read-only folder, the copy of a remote index. Returns (path of a local index file, a line to print or ""). Raises
-    UserError, which begins with the config key `key`, for what is missing, damaged or not what was indexed.
+    Call it on one rank. `fallback` is a folder for indices that cannot be written beside the data: those of read-only
+    folders, and copies of remote ones. Returns (path of a local index file, a line to print or ""). Raises UserError,
+    starting with the config key `key`, for missing, damaged or changed data.
     """
     storage = Storage(options, retry or RetryConfig())
     try:
@@ -61,14 +61,14 @@ def prepare_index(
 
 
 def open_index(path: str) -> ShardIndex:
-    """Map an index that `prepare_index` has looked at. Raises UserError when it is not there, or damaged."""
+    """Map an index that `prepare_index` has checked. Raises UserError if it is missing or damaged."""
     if not Path(path).is_file():
         raise LocalError(f"{path}: not on this host; the index must lie where every host sees it, or be copied to each")
     return ShardIndex.load(Path(path), verify=False)
 
 
 def find_index(location: str, *, options: Mapping[str, Any] | None = None, fallback: Path | None = None) -> ShardIndex:
-    """The index of `location`, which must be there; its shards are not looked at. Raises UserError."""
+    """The index of `location`, which must exist; its shards are not checked. Raises UserError."""
     storage = Storage(options)
     try:
         path = _existing(locate([location], storage), location, storage, fallback)
@@ -92,13 +92,13 @@ def index_shards(
 ) -> str:
     """Make the index of `locations` in `out` (default: where `prepare_index` looks), unless it is current.
 
-    Returns the line that says so; `say` is given what is worth knowing before. Raises UserError.
+    Returns a line about the result; `say` gets progress and warnings. Raises UserError.
     """
     storage = Storage(options)
     data_place = locate(locations, storage)
     shards = data_place.shards
     if shards is None:
-        raise UserError(f"{locations[0]}: is an index; name the tars that it shall be made of")
+        raise UserError(f"{locations[0]}: is an index; name the tars to make one of")
     if shards.is_folder and (label is not None or classes is not None):
         raise UserError(
             f"{locations[0]}: an image folder, whose classes are its folders; leave --label and --classes out"
@@ -107,7 +107,7 @@ def index_shards(
         out = Path(data_place.index)
         if data_place.is_remote or not os.access(out.parent, os.W_OK):
             raise UserError(
-                f"{shards.root}: the index cannot be written there; say where it shall be: "
+                f"{shards.root}: the index cannot be written there; give another location: "
                 f"dist-trainer shards index '{' '.join(locations)}' --out train{INDEX_SUFFIX}"
             )
     if out.suffix != INDEX_SUFFIX or not out.absolute().parent.is_dir():
@@ -129,14 +129,14 @@ def index_shards(
         allow_bad=allow_bad,
         options=options,
         num_processes=num_processes,
-        advice="mend them, or accept so many bad samples with --allow_bad N",
+        advice="repair them, or accept N bad samples with --allow_bad N",
         say=say,
     )
     return f"indexed {describe(index, out)}"
 
 
 def describe(index: ShardIndex, path: Path) -> str:
-    """`8 tars, 1,200 samples, 10 classes: /data/train/index.dtx`, and what is peculiar about it."""
+    """`8 tars, 1,200 samples, 10 classes: /data/train/index.dtx`, with bad samples and a sorted order, if any."""
     kind, each = ("tars", "samples") if index.names is None else ("class folders", "images")
     bad = f", {len(index.problems):,} of them bad" if index.problems else ""
     order = ", sorted by class (training takes order full)" if is_class_sorted(index) else ""
@@ -147,7 +147,7 @@ def describe(index: ShardIndex, path: Path) -> str:
 
 
 def _existing(data_place: DataPlace, location: str, storage: Storage, fallback: Path | None) -> Path | None:
-    """The local file of the index that is there; a remote one is copied. None where there is none."""
+    """The local file of an existing index; a remote one is copied. None if there is none."""
     spare = _spare(location, fallback)
     if data_place.is_remote:
         path = _copy(data_place.index, storage, spare)
@@ -164,7 +164,7 @@ def _existing(data_place: DataPlace, location: str, storage: Storage, fallback: 
 
 
 def _spare(location: str, fallback: Path | None) -> Path:
-    """The file, of a name of its own, for what cannot be beside `location`."""
+    """A file with a unique name for an index that cannot be written beside `location`."""
     absolute = location if is_remote(location) else str(Path(location).expanduser().absolute())
     stem = Path(location.rstrip("/")).stem.partition("{")[0].strip("-_. ") or "index"
     folder = fallback or Path.home() / ".cache" / "dist_trainer"
@@ -172,11 +172,11 @@ def _spare(location: str, fallback: Path | None) -> Path:
 
 
 def _copy(url: str, storage: Storage, spare: Path) -> Path | None:
-    """Copy a remote index to `spare`, unless it is there already. None where there is none at `url`."""
+    """Copy a remote index to `spare`, unless it is there. None if there is none at `url`."""
     download = spare.with_name(f".{spare.name}.{os.getpid()}.download")
     try:
         data = storage.read(url)
-    except (FileNotFoundError, PermissionError):  # S3 refuses what is not there to those who may not list
+    except (FileNotFoundError, PermissionError):  # S3 refuses missing files to those who may not list
         return None
     try:
         spare.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ def _copy(url: str, storage: Storage, spare: Path) -> Path | None:
         if Path(index.root) == download.absolute().parent:  # "." there: its tars lie beside it, at the URL
             index = replace(index, root=url.rpartition("/")[0])
         if not spare.is_file() or _identity(ShardIndex.load(spare)) != _identity(index):
-            index.save(spare)  # otherwise what is there may know newer stamps
+            index.save(spare)  # otherwise the existing copy may know newer stamps
     finally:
         download.unlink(missing_ok=True)
     return spare
@@ -202,7 +202,7 @@ def _make(
     data_place: DataPlace, location: str, options: Mapping[str, Any] | None, fallback: Path | None
 ) -> tuple[str, str]:
     """Index local tars or an image folder: (the index file, the line that says so)."""
-    assert data_place.shards is not None  # otherwise it would be there, or refused
+    assert data_place.shards is not None  # otherwise it would exist, or have been refused
     if data_place.is_remote:
         raise UserError(
             f"{location}: has no index; make it with: dist-trainer shards index '{location}' "
@@ -218,13 +218,13 @@ def _make(
         rule=LabelRule(),
         class_names=class_list(data_place.shards, Storage(options)),
         num_processes=cores(),
-        advice=f"mend them, or see dist-trainer shards index '{location}' --allow_bad N, --label RULE",
+        advice=f"repair them, or see dist-trainer shards index '{location}' --allow_bad N, --label RULE",
     )
     return str(out), f"indexed {describe(index, out)}"
 
 
 def class_list(shards: ShardSet, storage: Storage) -> Sequence[str]:
-    """An image folder's class folders; of tars, what `classes.txt` beside them lists; none without it."""
+    """An image folder's class folders; for tars, the names in `classes.txt` beside them; none without it."""
     if shards.is_folder:
         return shards.names
     try:

@@ -1,4 +1,5 @@
-"""Read WebDataset tars for their index, strictly: what plain readers skip in silence is named by shard and byte."""
+"""Read WebDataset tars for their index, strictly: faults that other readers skip silently are reported by shard and
+byte."""
 
 import io
 import re
@@ -26,7 +27,7 @@ LABEL_SUFFIX = "cls"
 _MAX_SIDE = 2**16 - 1  # pixels, as the index holds them
 _MAX_LENGTH = 2**31 - 1  # bytes; no such image decodes
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's own: a key ends at the first dot of the base name
-_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
+_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
 
 
 def measure(data: bytes) -> tuple[int, int, int]:
@@ -41,7 +42,7 @@ def measure(data: bytes) -> tuple[int, int, int]:
 
 
 def _image_size(data: bytes) -> tuple[int, int]:
-    """(width, height) from an image's header; PNG's is read directly: Pillow would cost more than all the rest."""
+    """(width, height) from an image's header; PNG's is read directly: Pillow would cost more than everything else."""
     if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR":
         return struct.unpack(">II", data[16:24])
     with Image.open(io.BytesIO(data)) as image:
@@ -55,7 +56,7 @@ class _Sample:
     key: str
     offset: int
     damaged: bool
-    """It lies beside damage, which is reported already: what it lacks is not reported again."""
+    """It is next to damage, which is reported already: missing members are not reported again."""
     image: tuple[int, int, int, int, int] | None = None
     """Offset, length, crc32, width and height."""
     label: tuple[int, bytes] | None = None
@@ -89,7 +90,7 @@ class _Scanner:
         if sample is not None:
             sample.damaged = True
             if sample.image is not None and (sample.label is not None or self._rule.kind == "key"):
-                self._end(sample)  # whole, so it comes before the damage; but its key may go on behind it
+                self._end(sample)  # complete, so it comes before the damage; but its key may continue after it
         self._tombstone(damage.offset, damage.reason)
         self._damaged = True
 
@@ -106,7 +107,7 @@ class _Scanner:
             sample = self._sample = _Sample(key, member.offset, self._damaged)
             self._damaged = False
             if key in self._seen:
-                sample.blame(member.offset, f"key {key!r} comes again, apart from its first place")
+                sample.blame(member.offset, f"key {key!r} comes again, apart from its first position")
             self._seen.add(key)
         if sample.is_done:
             return
@@ -161,7 +162,7 @@ class _Scanner:
             except ValueError as error:
                 sample.blame(offset, f"the label of sample {sample.key!r} {error}")
         if sample.damaged and (sample.image is None or text is None):
-            return  # the rest of it lies in the damaged stretch
+            return  # its rest is in the damaged stretch
         if sample.fault is not None:
             self._tombstone(*sample.fault)
         elif sample.image is not None:

@@ -1,7 +1,7 @@
-"""The members of a tar, in one pass from front to back: nothing that is destroyed is passed over in silence.
+"""The members of a tar, in one pass. Damage is never skipped silently.
 
 Python's tarfile (and so webdataset) takes an invalid header for the end of the archive. Here it is a `Damage`, and
-reading goes on at the next whole header.
+reading continues at the next valid header.
 """
 
 import re
@@ -20,14 +20,14 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One member. `offset` is where its first header begins, `data` where its `size` bytes do."""
+    """One member: `offset` of its first header, `data` the offset of its `size` bytes."""
 
     name: str
     offset: int
     data: int
     size: int
     is_file: bool
-    """A regular file; else a folder, a link or a device."""
+    """A regular file, not a folder, a link or a device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def _read(file: BinaryIO, at: int, length: int) -> bytes:
 
 
 def _next_header(file: BinaryIO, at: int, size: int) -> int | None:
-    """Where the next whole header after `at` begins. Those of the time before POSIX, without magic, are not found."""
+    """The offset of the next valid header after `at`. Pre-POSIX ones, without magic, are not found."""
     for start in range(at, size, _CHUNK):
         chunk = _read(file, start, _CHUNK)
         found = chunk.find(_MAGIC)
@@ -140,7 +140,7 @@ def _check_end(file: BinaryIO, end: int, size: int) -> Iterator[Damage]:
         start = _read(file, 0, BLOCK)
         packer = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), "")
         if packer:
-            yield Damage(0, f"compressed with {packer}: samples are read by their place, so decompress it first")
+            yield Damage(0, f"compressed with {packer}: samples are read by their offset, so decompress it first")
         elif not zeros or size < _END:
             yield Damage(0, "not a readable tar" + (": it is empty" if not size else ""))
     elif not zeros:

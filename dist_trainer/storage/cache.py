@@ -1,11 +1,11 @@
 """Blocks of remote samples on the node's own disk, shared by all ranks and loader workers of the node.
 
 One file per block. While a block is fetched its file is called `NAME.part` and locked by flock: nobody fetches it a
-second time, and the kernel lets the lock go when its owner dies, however. Then it is renamed: what has no `.part` is
-whole. The sum of all sizes stands in the file `usage`, raised before a byte is written. What would exceed the bound
-first evicts the blocks that were used longest ago, down to 19/20 of the bound, so that the folder is listed once per
-many blocks. Marks of use are ten seconds coarse. The bound holds for what the folder lists; each process may hold a
-few evicted blocks open besides.
+second time, and the kernel releases the lock when its owner dies. Then it is renamed: a file without `.part` is
+complete. The sum of all sizes is in the file `usage`, raised before a byte is written. A block that would exceed the
+limit first evicts the least recently used ones, down to 19/20 of the limit, so that the folder is listed once per many
+blocks. Times of use are accurate to ten seconds. The limit holds for the folder's files; each process may keep a few
+evicted blocks open.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from pathlib import Path
 from dist_trainer.errors import UserError
 from dist_trainer.storage.flock import is_at, lock_file, remove_left
 
-_MAX_OPEN = 4  # an evicted block takes its space until every process has closed it
+_MAX_OPEN = 4  # an evicted block keeps its disk space until every process has closed it
 _MAX_MARKS = 4096
 _TOUCH_EVERY = 10.0  # seconds between two marks of use of one block
 _SWEEP_EVERY = 60.0  # seconds between two counts by processes that start
@@ -35,16 +35,16 @@ _UNITS["TIB"] = 2**40
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """Where samples are kept on each node after they came over the network."""
+    """The cache on each node for samples from the network."""
 
     dir: str | None = None
-    """An absolute folder on a local disk ($VARIABLES are expanded): paths on NFS or Lustre are cached there too.
-    null: only URLs are cached, in a folder of the user's in $SLURM_TMPDIR, $TMPDIR or /tmp."""
+    """An absolute folder on a local disk ($VARIABLES are expanded): paths on NFS or Lustre are cached there too. null:
+    only URLs are cached, in a private folder in $SLURM_TMPDIR, $TMPDIR or /tmp."""
     size: str = "20GB"
-    """The most that one node keeps there, such as 500MB, 20GB or 1.5TiB."""
+    """Its limit per node, such as 500MB, 20GB or 1.5TiB."""
 
     def check(self, key: str) -> None:
-        """Raises UserError, naming `key`, for a size that is none or a folder that is not absolute."""
+        """Raises UserError, naming `key`, for an invalid size or a folder that is not absolute."""
         try:
             _ = self.size_bytes, self.folder
         except ValueError as error:
@@ -54,12 +54,12 @@ class CacheConfig:
     def size_bytes(self) -> int:
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", self.size.strip())
         if not found or found[2].upper() not in _UNITS:
-            raise ValueError(f"size: {self.size!r} is no size; write 500MB, 20GB or 1.5TiB")
+            raise ValueError(f"size: {self.size!r} is not a size; write 500MB, 20GB or 1.5TiB")
         return int(float(found[1]) * _UNITS[found[2].upper()])
 
     @property
     def folder(self) -> Path:
-        """Where blocks are kept; not made yet."""
+        """The folder of the blocks; it may not exist yet."""
         if self.dir is None:
             base = os.environ.get("SLURM_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
             return Path(base) / f"dist_trainer-{os.getuid()}"
@@ -88,8 +88,7 @@ def own_folder(path: Path) -> Path:
 class BlockCache:
     """At most `size` bytes of blocks in `folder`. `fetch` and `has` are safe between threads; one thread reads.
 
-    Without a working disk it passes on what it is given, after one warning. Raises UserError for a folder that cannot
-    be used at all.
+    If the disk fails it passes data through, after one warning. Raises UserError for a folder that cannot be used.
     """
 
     def __init__(self, folder: Path, size: int) -> None:
@@ -109,7 +108,7 @@ class BlockCache:
             ) from None
 
     def takes(self, length: int) -> bool:
-        """Whether a block of `length` bytes would be kept: none for a while after the disk refused."""
+        """Whether a block of `length` bytes would be kept. For a while after a disk error none is."""
         return length <= self.size and time.monotonic() >= self._resume
 
     def has(self, name: str, length: int) -> bool:
@@ -184,7 +183,7 @@ class BlockCache:
 
     @contextlib.contextmanager
     def _part(self, name: str, patience: float) -> Iterator[int | None]:
-        """A descriptor of the block's `.part`, locked; None where the lock cannot be had. What was not kept goes."""
+        """A locked descriptor of the block's `.part`; None if it cannot be locked. An unfinished file is removed."""
         path = self._blocks / f"{name}.part"
         try:
             part = lock_file(path, patience)
@@ -227,7 +226,7 @@ class BlockCache:
         self._resume = time.monotonic() + _PAUSE_WHEN_FULL
         if not self._warned:
             self._warned = True
-            line = f"data.cache.dir: {self._blocks}: {error.strerror or error}; going on without the cache"
+            line = f"data.cache.dir: {self._blocks}: {error.strerror or error}; continuing without the cache"
             print(line, file=sys.stderr, flush=True)
 
     def _remove(self, path: Path) -> None:
@@ -247,14 +246,14 @@ class BlockCache:
             os.close(descriptor)
 
     def _sweep(self, used: "_Usage", room: int) -> None:
-        """Count anew, remove what killed processes left, and evict where `room` bytes more would exceed the bound."""
+        """Recount, remove what killed processes left, and evict if `room` more bytes would exceed the limit."""
         blocks, total = [], 0
         with os.scandir(self._blocks) as entries:
             for entry in entries:
                 is_part = entry.name.endswith(".part")
                 if is_part and remove_left(Path(entry.path)):
                     continue
-                with contextlib.suppress(FileNotFoundError):  # a person tidies up
+                with contextlib.suppress(FileNotFoundError):  # someone else removed it
                     found = entry.stat()
                     total += found.st_size
                     if not is_part:
@@ -269,7 +268,7 @@ class BlockCache:
 
 
 class _Usage:
-    """Bytes that the blocks take, and when they were last counted (Unix time), in an open and locked file."""
+    """The blocks' bytes, and the Unix time of the last count, in an open and locked file."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor

@@ -1,4 +1,4 @@
-"""Files that one process at a time makes: locked by flock while they are made, which the kernel undoes on any death."""
+"""Files that one process at a time writes. They are locked by flock, which the kernel releases if the process dies."""
 
 import fcntl
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 def lock_file(path: Path, patience: float) -> int | None:
     """A descriptor of `path`, made where it is missing, under flock; None when others hold it for `patience` seconds.
 
-    The lock of a file that was renamed or removed meanwhile is worth nothing, and the new one is tried for.
+    The lock of a file that was renamed or removed in between is worthless; then the new file is tried.
     """
     until, pause = time.monotonic() + patience, 0.001
     while True:

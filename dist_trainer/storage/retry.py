@@ -1,7 +1,7 @@
-"""Asking storage again: attempts that end, pauses that spread, a deadline for all of it.
+"""Retries of storage requests: attempts with a timeout, random pauses, one deadline.
 
-Attempts run in daemon threads of our own where nothing else can end them: an executor's threads are joined when the
-process ends, so one hanging socket would keep a trainer alive for ever.
+Attempts that cannot be cancelled run in daemon threads: an executor's threads are joined when the process ends, so one
+hanging socket would keep a trainer alive for ever.
 """
 
 import errno
@@ -23,9 +23,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 20.0  # seconds
-_SAY_AFTER = 10.0  # seconds; then a process says, once, what it is waiting for
+_SAY_AFTER = 10.0  # seconds; then a process prints, once, what it is waiting for
 _SAID = threading.Semaphore(1)
-_DICE = random.SystemRandom()  # ranks that failed together must not come back together; and no random state is touched
+_DICE = random.SystemRandom()  # ranks that failed together must not retry together; and no random state is touched
 _PASSING_LOCAL = {
     getattr(errno, name)
     for name in ("ESTALE", "EIO", "EINTR", "ETIMEDOUT", "EAGAIN", "EREMOTEIO", "ESHUTDOWN", "ENOTCONN", "EHOSTDOWN")
@@ -38,15 +38,15 @@ _MISTAKES = (UserError, ImportError, TypeError, AttributeError, NotImplementedEr
 
 @dataclass(frozen=True, kw_only=True)
 class RetryConfig:
-    """How long storage is asked again before a run gives up."""
+    """How long failed requests to storage are repeated."""
 
     timeout: float = 30.0
-    """Seconds for one attempt; then it is given up and the next one begins."""
+    """Seconds for one attempt; then the next one begins."""
     deadline: float = 300.0
     """Seconds for one read with all its attempts; below run.timeout, after which a rank that waits counts as hung."""
 
     def check(self, key: str) -> None:
-        """Raises UserError, naming `key`, for times that cannot be kept."""
+        """Raises UserError, naming `key`, for impossible times."""
         if not 0 < self.timeout <= self.deadline:
             raise UserError(
                 f"{key}: timeout {self.timeout:g} s, deadline {self.deadline:g} s; they must be 0 < timeout <= deadline"
@@ -79,7 +79,7 @@ def concurrently(work: Callable[[T], R], items: Sequence[T], limit: int) -> list
                 return
             _settle(future, lambda item=item: work(item))  # type: ignore[misc]
             if future.exception():
-                todo.clear()  # here: who reads the results may come late. All before this item have begun
+                todo.clear()  # here, since the results may be read late. All before this item have begun
 
     for _ in range(min(limit, len(items))):
         threading.Thread(target=run, daemon=True, name="storage").start()
@@ -105,7 +105,7 @@ def retrying(
 ) -> T:
     """`attempt(seconds it may take)` until one succeeds, with exponential back-off and full jitter.
 
-    `lasting(error)` is what to raise where asking again cannot help. Raises Outage when the deadline has passed.
+    `lasting(error)` is the error to raise if a retry cannot help. Raises Outage when the deadline has passed.
     """
     began = time.monotonic()
     for failed in itertools.count():
@@ -123,28 +123,32 @@ def retrying(
             if spent + pause >= config.deadline:
                 raise Outage(
                     f"{location}: {said(error)}; gave up after {failed + 1} attempts in {spent:.0f} s: "
-                    "look after the storage or the network, then start again"
+                    "check the storage or the network, then start again"
                 ) from None
             if spent > _SAY_AFTER and _SAID.acquire(blocking=False):
-                print(f"{location}: {said(error)}; trying on for {config.deadline:.0f} s", file=sys.stderr, flush=True)
+                print(
+                    f"{location}: {said(error)}; retrying for up to {config.deadline:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
             on_retry()
             time.sleep(pause)
     raise AssertionError
 
 
 def said(error: BaseException) -> str:
-    """What an error says, in one short line."""
+    """An error's message in one short line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def lasting_local(error: Exception) -> Exception | None:
-    """A local error that stays: all but a lost server's."""
+    """A local error that will not pass: all but those of a lost server."""
     return None if isinstance(error, OSError) and error.errno in _PASSING_LOCAL else error
 
 
 def lasting_remote(location: str) -> Callable[[Exception], Exception | None]:
-    """For errors of fsspec's file systems: FileNotFoundError, PermissionError or OSError for what stays."""
+    """For errors of fsspec's file systems that will not pass: FileNotFoundError, PermissionError or OSError."""
 
     def judge(error: Exception) -> Exception | None:
         status = _http_status(error)

@@ -1,7 +1,7 @@
-"""Local paths and fsspec URLs by one small interface: what a location holds, its size, and some of its bytes.
+"""Local paths and fsspec URLs behind one small interface: listings, sizes, and bytes.
 
-Every request is retried; what asking again cannot mend (no such file, no access) is raised at once. Credentials are
-the storage packages' own business: they find them in the environment or in their files, and nothing here reads them.
+Every request is retried, except after errors that will not pass (no such file, no access). The storage packages find
+credentials in the environment or in their own files; nothing here reads them.
 """
 
 import io
@@ -34,13 +34,13 @@ _SECRET = re.compile(
     r"key|secret|token|password|passwd|pwd|passphrase|credentials?|authorization|cookies?|signature|sig|sas"
     r"|connectionstring|bearer|auth"
 )
-_HARMLESS = ("anon", "google_default", "cloud")  # values of gcsfs's token that name a way and hold nothing
+_HARMLESS = ("anon", "google_default", "cloud")  # values of gcsfs's token that name a method and hold no secret
 _WHERE = "the environment or the storage's own files (such as AWS_PROFILE and ~/.aws, gcloud's, hf auth login)"
 
 
 @dataclass(frozen=True)
 class Stat:
-    """Size in bytes, and what changes when the content does: an ETag, or a time of change; "" where there is none."""
+    """Size in bytes, and a stamp that changes with the content: an ETag or a modification time; "" if there is none."""
 
     size: int
     stamp: str
@@ -52,7 +52,8 @@ def is_remote(location: str) -> bool:
 
 
 def refuse_secrets(key: str, options: Mapping[str, Any]) -> None:
-    """Raises UserError, naming the option under the config key `key`, for one that looks like a secret, at any depth.
+    """Raises UserError, naming the option and the config key `key`, for an option at any depth that looks like a
+    secret.
 
     Configs are saved with the run, logged and shared. The value is never shown.
     """
@@ -65,7 +66,7 @@ def refuse_secrets(key: str, options: Mapping[str, Any]) -> None:
 
 
 def _is_secret(name: str) -> bool:
-    """By the words of a name: `aws_secret_access_key`, `sasToken`, `X-Amz-Signature`."""
+    """By the words in a name: `aws_secret_access_key`, `sasToken`, `X-Amz-Signature`."""
     words = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name).lower()
     parts = re.split(r"[^a-z0-9]+", words)
     return any(_SECRET.fullmatch(part) for part in [*parts, "".join(parts)])
@@ -83,7 +84,7 @@ def refuse_secret_url(location: str) -> None:
 class Storage:
     """Reads of local paths and URLs. Safe between threads; file systems open in the process that uses them.
 
-    Every method raises FileNotFoundError or PermissionError at once, and Outage when the storage stays away.
+    Every method raises FileNotFoundError or PermissionError at once, and Outage if the storage cannot be reached.
     """
 
     def __init__(self, options: Mapping[str, Any] | None = None, retry: RetryConfig = _RETRY) -> None:
@@ -105,7 +106,7 @@ class Storage:
         self._reset()
 
     def _at(self, location: str) -> tuple[Any, str]:
-        """(fsspec's file system, its path of `location`). One instance per process and bucket, shared with nobody."""
+        """(fsspec's file system, its path of `location`). One instance per process and bucket."""
         if location.startswith("pipe:"):
             raise UserError(
                 f"{location}: shell pipes are refused; use a path or a URL that fsspec knows, such as s3://"
@@ -124,7 +125,7 @@ class Storage:
     def _connect(self, location: str) -> Any:
         protocol = location.split("://", 1)[0]
         options = dict(self._options)
-        if protocol in ("s3", "s3a"):  # botocore would retry beneath us, uncounted and past the deadline
+        if protocol in ("s3", "s3a"):  # botocore would retry by itself, uncounted and past the deadline
             ours = {"retries": {"total_max_attempts": 1}, "max_pool_connections": 64}
             options["config_kwargs"] = {**ours, **options.get("config_kwargs", {})}
         try:
@@ -145,7 +146,7 @@ class Storage:
         def attempt(timeout: float) -> T:
             system, path = self._at(location)
             if verb != "cat_file":
-                system.invalidate_cache()  # what a listing said a minute ago may be wrong
+                system.invalidate_cache()  # a cached listing may be outdated
             try:
                 if system.async_impl:  # cancelled when it takes too long, so its connection is free again
                     answer = sync(system.loop, getattr(system, f"_{verb}"), path, timeout=timeout, **arguments)
@@ -158,7 +159,7 @@ class Storage:
         return retrying(location, attempt, self._retry, lasting_remote(location), self._retried)
 
     def _local(self, location: str, work: Callable[[], T]) -> T:
-        """Local paths as well: NFS and Lustre lose their servers. A hanging one hangs the kernel; no thread helps."""
+        """Retry local paths too: NFS and Lustre lose their servers. If the kernel hangs, no thread helps."""
         return retrying(location, lambda timeout: work(), self._retry, lasting_local, self._retried)
 
     def _retried(self) -> None:
@@ -166,7 +167,7 @@ class Storage:
             self.retries += 1
 
     def stat(self, location: str) -> Stat:
-        """Raises FileNotFoundError where there is nothing."""
+        """Size and stamp. Raises FileNotFoundError if there is nothing."""
         if not is_remote(location):
             local = self._local(location, Path(location).stat)
             return Stat(local.st_size, str(local.st_mtime_ns))
@@ -177,7 +178,7 @@ class Storage:
         return Stat(int(info["size"]), str(stamp).strip('"'))
 
     def list(self, folder: str) -> list[str]:
-        """Sorted names (not paths) of what lies directly in `folder`."""
+        """Sorted names (not paths) of the entries of `folder`."""
         if not is_remote(folder):
             return self._local(folder, lambda: sorted(entry.name for entry in Path(folder).iterdir()))
         paths = [path.rstrip("/") for path in self._ask(folder, "ls", lambda paths: paths, detail=False)]
@@ -187,7 +188,7 @@ class Storage:
     def read(self, location: str, start: int = 0, length: int | None = None) -> bytes:
         """Bytes [start, start + length) of a file, or to its end.
 
-        Raises ShortRead for a local file that ends before, UserError for a server that does not serve ranges.
+        Raises ShortRead if a local file ends before, UserError if a server does not support ranges.
         """
 
         def whole(data: bytes) -> bytes:
@@ -215,14 +216,14 @@ class Storage:
         return data
 
     def open(self, location: str) -> BinaryIO:
-        """A seekable file to read from one end to the other: at a URL, large requests with the next one under way."""
+        """A seekable file for sequential reading. At a URL: large requests, with the next one already running."""
         if not is_remote(location):
             return self._local(location, lambda: Path(location).open("rb"))
         return cast(BinaryIO, io.BufferedReader(_Stream(self, location, self.stat(location).size), 2**16))
 
 
 class _Stream(io.RawIOBase):
-    """A file at a URL, held two chunks at a time."""
+    """A file at a URL, with two chunks in memory."""
 
     def __init__(self, storage: Storage, location: str, size: int) -> None:
         self._storage, self._location, self._size = storage, location, size

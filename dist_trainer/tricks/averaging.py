@@ -17,14 +17,15 @@ Member = tuple[str, State]  # the name of a file, and what is in it
 
 @dataclass(frozen=True, kw_only=True)
 class AveragingConfig:
-    """The mean of the best weights of the run, made at its end and reported beside the last ones."""
+    """The mean of the best weights of the run, made at its end and scored beside the last ones."""
 
     top_k: int = 0
     """How many of the best snapshots are kept and averaged; 0: none."""
     metric: str = "auto"
-    """Best by which logged metric of the validation; auto: val_ema/top1 with EMA, else val/top1. Of a loss, least."""
+    """The logged validation metric that ranks snapshots; auto: val_ema/top1 with EMA, else val/top1. The least loss is
+    best."""
     greedy: bool = False
-    """Leave out each snapshot with which the average validates worse (one more validation for each)."""
+    """Leave out each snapshot that lowers the average's accuracy (one more validation for each)."""
 
 
 def chosen_metric(config: AveragingConfig, logged: Collection[str]) -> str:
@@ -61,7 +62,7 @@ class _Sum:
         self._others: State = {}
 
     def add(self, name: str, state: State) -> None:
-        """Raises UserError naming the file and the tensor that does not fit or is not finite; adds nothing then."""
+        """Raises UserError naming the file and the tensor that does not fit or is not finite; then nothing is added."""
         kinds = {key: kind(value) for key, value in state.items()}
         if self.num and (found := misfits(kinds, self._kinds)):
             raise UserError(f"{name}: cannot be averaged with {self._first} ({found})")

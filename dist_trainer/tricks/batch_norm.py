@@ -17,11 +17,11 @@ BatchNorm = nn.modules.batchnorm._BatchNorm  # BatchNorm1d to 3d, SyncBatchNorm,
 def keep_statistics(layer: BatchNorm) -> None:
     """Have a layer normalise with the running statistics it has, from now on and in training too."""
     layer.eval()
-    vars(layer).update(train=lambda mode=True: layer, keeps_statistics=True)  # model.train() passes it over
+    vars(layer).update(train=lambda mode=True: layer, keeps_statistics=True)  # model.train() skips it
 
 
 def moving_layers(model: nn.Module) -> dict[str, BatchNorm]:
-    """By name, the batch-norm layers whose running statistics training moves: those that do not keep them."""
+    """By name, the batch-norm layers whose running statistics change in training: those that are not frozen."""
     return {
         name: layer
         for name, layer in model.named_modules()
@@ -49,7 +49,7 @@ class RunningStatistics:
         buffers = [b for layer in self._layers for b in (layer.running_mean, layer.running_var) if b is not None]
         device = buffers[0].device if buffers else torch.device("cpu")
         self._batch = torch.cat([b.float() for b in buffers]) if buffers else torch.zeros(0)
-        """What the layers' buffers hold: the statistics of the last micro-batch, or what `publish` put there."""
+        """The layers' buffers: the statistics of the last micro-batch, or those that were loaded."""
         self.running = self._batch.clone()
         self.sums = torch.zeros(len(self._batch), dtype=torch.float64, device=device)
         self._sizes = sizes = [len(b) for b in buffers]
@@ -92,7 +92,7 @@ class RunningStatistics:
             counter.fill_(self._num_updates)
 
     def load(self, statistics: torch.Tensor) -> None:
-        """Have the layers hold these statistics (float32 [2C]) until `publish` or the next training forward."""
+        """Load statistics (float32 [2C]) into the layers, until `publish` or the next training forward."""
         self._batch.copy_(statistics)
 
     def unflatten(self, statistics: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -11,13 +11,13 @@ from dist_trainer.errors import UserError
 def compile_training(model: nn.Module, device: torch.device) -> None:
     """Compile `model` in place, at its first call; parameters and buffers keep their names.
 
-    Each shape of images gets code of its own. Dropout draws what it draws without compilation, so that compiled and
-    not differ by rounding alone. Code is kept in TORCHINDUCTOR_CACHE_DIR (a folder per user in /tmp).
-    Raises UserError where a first small function cannot be compiled: no C++ compiler, as a rule.
+    Each shape of images is compiled separately. Dropout draws the same numbers as without compilation, so the results
+    differ only by rounding. Code is kept in TORCHINDUCTOR_CACHE_DIR (a folder per user in /tmp). Raises UserError if a
+    small function cannot be compiled: usually because there is no C++ compiler.
     """
     try:
         torch.compile(_small)(torch.ones(8, device=device))
-    except (RuntimeError, OSError) as error:  # those of torch.compile are RuntimeErrors
+    except (RuntimeError, OSError) as error:  # torch.compile's errors are RuntimeErrors
         lines = [line for line in str(error).splitlines() if line and not line.startswith("backend=")]
         raise UserError(
             f"engine.compile: torch.compile does not work here: {lines[0] if lines else type(error).__name__}. "
@@ -31,10 +31,10 @@ def _small(x: torch.Tensor) -> torch.Tensor:
 
 
 def uncompiled() -> AbstractContextManager[None]:
-    """Inside, a compiled model runs as it was written.
+    """In this block a compiled model runs uncompiled.
 
-    Evaluation does: hooks that are set later (PreciseBN's) would be passed over, `eval` later scores the same bits,
-    and the last, smaller batch of a set would be compiled for itself.
+    Evaluation needs it: compiled code ignores hooks that are set later (PreciseBN's), `eval` later scores the same
+    bits, and the last, smaller batch of a set would be compiled separately.
     """
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance

@@ -1,4 +1,4 @@
-"""Overfitting, underfitting or neither: what training and validation accuracy say, both on images prepared alike.
+"""Overfitting, underfitting or neither, from training and validation accuracy on images prepared alike.
 
 The accuracy that is seen while training is lower for augmentation alone (by 2 to 7 points in PaddleClas's tables), so
 the training samples are scored with the evaluation's transform.
@@ -11,12 +11,12 @@ Verdict = Literal["overfitting", "underfitting", "healthy"]
 
 OVERFITTING = 2 / 3
 UNDERFITTING = 0.1
-"""Of the validation error, how much is missing on training samples: above the first, below the second. ResNet-50 after
-90 epochs is about 0.5, a network that knows its training set by heart 1, one that learned nothing more from it 0."""
+"""Bounds of the gap between training and validation accuracy, as a share of the validation error. ResNet-50 after 90
+epochs has about 0.5, a network that has memorised its training set 1, one that generalises perfectly 0."""
 
 
 def diagnose(train_top1: float, val_top1: float, num_train: int, num_val: int) -> Verdict | None:
-    """The verdict over accuracies (fractions) on so many samples; None where these are too few to tell.
+    """The verdict from accuracies (fractions) on `num_train` and `num_val` samples; None if these are too few.
 
     "Much higher on the training set" (PaddleClas's training tricks, 2.2.8) is taken relative to the validation error,
     as a point means more at 95% than at 50%.

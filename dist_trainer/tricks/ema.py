@@ -20,20 +20,21 @@ class EmaConfig:
     """A second set of weights that follows training slowly; validated and saved beside the first."""
 
     decay: float | None = None
-    """Share of the average that stays at each update: 0.9999 for long runs, 0.999 for short ones; null: no average."""
+    """The share of the average that each update keeps: 0.9999 for long runs, 0.999 for short ones; null: no average."""
     ramp: Literal["constant", "threshold", "exponential"] = "constant"
-    """How the decay gets there: at once; min(decay, (1 + s) / (10 + s)); decay * (1 - exp(-beta * s / S))."""
+    """How the decay grows over updates s of S: not at all; min(decay, (1 + s) / (10 + s)); decay * (1 - exp(-beta * s /
+    S))."""
     beta: float = 15.0
     """Of the exponential ramp: at 15, 99% of the decay is reached after 31% of the run."""
     start: str = "0step"
     """When the average begins, as a copy of the weights."""
     every: int = 1
-    """Average every so many updates, with the decay to that power."""
+    """Update the average at every n-th update, with the decay to the power n."""
     device: Literal["same", "cpu"] = "same"
-    """Where the average is kept: with the weights, or in host memory (each average then copies the weights there)."""
+    """Where the average is kept: with the weights, or in host memory (each update then copies the weights there)."""
 
     def check(self) -> None:
-        """Raises UserError for values that make no average."""
+        """Raises UserError for impossible values."""
         if self.decay is not None and not 0.0 <= self.decay < 1.0:
             raise UserError(f"ema.decay: {self.decay} is not in [0, 1); null turns the average off")
         if self.every < 1:
@@ -81,21 +82,21 @@ class Ema:
 
     @property
     def decay(self) -> float:
-        """That of the last update."""
+        """The decay of the last update."""
         return decay_at(self._config, max(0, self.num_updates - 1 - self._start), self._total)
 
     def _weight(self, number: int) -> float | None:
-        """What the new values weigh after the update with this number (from 0); None: nothing is done."""
+        """The weight of the new values at the update with this number (from 0); None: no change."""
         step = number - self._start
         if step < 0:
-            return 1.0 if step == -1 else None  # the copy that the average begins with
+            return 1.0 if step == -1 else None  # the average begins as a copy
         if (step + 1) % self._config.every:
             return None
         return float(1.0 - decay_at(self._config, step, self._total) ** self._config.every)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights. To be called after every applied update."""
+        """Add the current weights. Call it after every applied update."""
         weight = self._weight(self.num_updates)
         self.num_updates += 1
         if weight is None or not self.weights:
@@ -106,14 +107,14 @@ class Ema:
         torch._foreach_lerp_(list(self.weights.values()), [live[name] for name in self.weights], weight)
 
     def update_statistics(self, statistics: torch.Tensor) -> None:
-        """Take in the running statistics (float32 [2C]) of the next applied update: they come after its weights."""
+        """Add the running statistics (float32 [2C]) of the next applied update. They come one step after its weights."""
         weight = self._weight(self._num_followed)
         self._num_followed += 1
         if weight is not None:
             self.statistics.lerp_(statistics, weight)
 
     def load(self, weights: State, statistics: torch.Tensor, num_updates: int) -> None:
-        """Go on from a checkpoint: this rank's share of the weights, and the statistics."""
+        """Resume from a checkpoint: this rank's share of the weights, and the statistics."""
         for name, value in self.weights.items():
             value.copy_(weights[name])
         self.statistics.copy_(statistics)

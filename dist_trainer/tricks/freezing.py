@@ -12,7 +12,7 @@ def freeze(model: nn.Module, prefixes: Sequence[str]) -> None:
     """Freeze the submodules and parameters of these names: `layer1` is all of layer1, and not layer10.
 
     Their batch-norm layers normalise with their running statistics, in training too. Raises UserError for a name that
-    the model has not, and when nothing is left to train.
+    the model does not have, and if nothing is left to train.
     """
 
     def is_below(name: str) -> bool:

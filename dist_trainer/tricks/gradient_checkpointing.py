@@ -16,7 +16,7 @@ from dist_trainer.errors import UserError
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Let each block of `model` keep its input alone. In place; parameters, buffers and their names stay.
+    """Make each block of `model` keep only its input, in place. Parameters, buffers and their names stay.
 
     A timm model by its own set_grad_checkpointing; elsewhere each member of the outermost nn.Sequential and
     nn.ModuleList. Raises UserError for a model without blocks.
@@ -25,7 +25,7 @@ def checkpoint_blocks(model: nn.Module) -> None:
     if own is not None:
         try:
             own(True)
-        except AssertionError:  # timm's way to say that there is none
+        except AssertionError:  # timm's sign that it is not supported
             raise UserError(_refusal(model)) from None
         return
     found = list(_blocks(model))
@@ -41,7 +41,7 @@ def _checkpointed(forward: Any, *args: Any) -> Any:
 
 def _refusal(model: nn.Module) -> str:
     return (
-        f"engine.gradient_checkpointing: {type(model).__name__} has no stages of blocks to be computed again; "
+        f"engine.gradient_checkpointing: {type(model).__name__} has no stages of blocks that could be recomputed; "
         "set it to false, or lower batch.micro_batch"
     )
 

@@ -13,7 +13,7 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
-    """Of every parameter the factor on the learning rate: layer_decay ** (its distance from the head in layers)."""
+    """The factor on each parameter's learning rate: layer_decay ** (its distance from the head in layers)."""
     layers = layers_of(model)
     head = max(layers.values(), default=0)
     return {name: layer_decay ** (head - layer) for name, layer in layers.items()}
@@ -33,10 +33,10 @@ def layers_of(model: nn.Module) -> dict[str, int]:
 def layers_by_structure(model: nn.Module) -> dict[str, int]:
     """The layer of every parameter, in the order in which the network registers its parts.
 
-    Blocks are what plain containers hold (torchvision's `layer1`, `features`, which may lie in one another), unless it
-    is a single convolution or the like. What comes before the first block is the stem, the last part is the head, a
-    normalisation layer belongs to what it follows, and parameters outside of any part (class tokens, position
-    embeddings) to the stem. Anything else is a layer by itself.
+    Blocks are the members of plain containers (torchvision's `layer1`, `features`, which may be nested), unless they
+    are single convolutions or the like. Everything before the first block is the stem, the last part is the head. A
+    normalisation layer belongs to the layer before it. Parameters outside any part (class tokens, position embeddings)
+    belong to the stem. Anything else is a layer by itself.
     """
     trunk = model
     while len(parts := _children(trunk)) == 1:  # a network inside a wrapper

@@ -10,14 +10,14 @@ from dist_trainer.plan import Duration, Plan
 from dist_trainer.tricks.schedules import SCHEDULES
 
 _DURATIONS = ("milestones", "every")
-"""Of the built-in schedules: a bare 30 is refused, which some would mean as steps and others as epochs."""
+"""Durations in the built-in schedules: a bare 30 is refused, since it could mean steps or epochs."""
 _FROM_START = ("piecewise", "exponential")
-"""What lr.count_from: auto counts from the start of the run."""
+"""Schedules that lr.count_from: auto counts from the start of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupConfig:
-    """The way up to the peak rate."""
+    """Warm-up to the peak rate."""
 
     duration: str = "0ep"
     """Linear warm-up of this length, one increment per step."""
@@ -50,7 +50,7 @@ class LearningRate:
     """`LearningRate(config, plan)(step)` is the rate of the update that step (0-based) makes."""
 
     def __init__(self, config: LearningRateConfig, plan: Plan) -> None:
-        """Raises UserError for rates, durations or schedules that cannot be."""
+        """Raises UserError for impossible rates, durations or schedules."""
         if (config.base is None) == (config.peak is None):
             both = "both are" if config.base is not None else "neither is"
             raise UserError(f"lr: give exactly one of lr.base and lr.peak; {both} set")
@@ -90,7 +90,7 @@ class LearningRate:
             )
 
     def __call__(self, step: int) -> float:
-        """Raises UserError when a schedule of the user's gives no rate."""
+        """Raises UserError if a user's schedule gives no rate."""
         if step < self.warmup:
             return self.start + (self.peak - self.start) * step / self.warmup
         factor = float(self._schedule(step - self._begin, self._total, **self._args))

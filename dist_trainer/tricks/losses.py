@@ -12,8 +12,8 @@ from dist_trainer.errors import UserError
 from dist_trainer.tricks.mixing import Mix
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""float32 logits [m, K] and int64 labels [m] to float32 [m]. One with the attribute `soft_targets = True` is given
-float32 probabilities [m, K] in the place of labels where samples are mixed."""
+"""float32 logits [m, K] and int64 labels [m] to float32 [m]. One with the attribute `soft_targets = True` gets float32
+probabilities [m, K] instead of labels if samples are mixed."""
 
 
 @dataclass(frozen=True, kw_only=True)

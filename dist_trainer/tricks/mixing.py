@@ -1,7 +1,7 @@
-"""Mixup and CutMix: every image of a micro-batch takes in some of another's pixels, and as much of its target.
+"""Mixup and CutMix: every image of a micro-batch is mixed with another one, and their targets likewise.
 
-Not torchvision's classes: they keep to themselves how much was mixed, which the samples' weights and losses of labels
-alone need, and they draw from torch's global generator.
+Not torchvision's classes: they do not tell how much was mixed, which sample weights and losses of labels need, and they
+draw from torch's global generator.
 """
 
 import math
@@ -28,9 +28,9 @@ class MixingConfig:
     switch: float = 0.5
     """Probability of CutMix instead of Mixup, where both are on."""
     probability: float = 1.0
-    """Probability that a micro-batch is mixed at all."""
+    """Probability that a micro-batch is mixed."""
     off_last: str = "0ep"
-    """So long before the end nothing is mixed any more."""
+    """Do not mix in the last part of the run, of this length."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,13 @@ class Mixing:
     """`draw` is a pure function of (seed, step, slot): the same on every world and device, and after a resume."""
 
     def __init__(self, config: MixingConfig, plan: Plan, seed: int, side: int | None = None) -> None:
-        """`side`: pixels of the images' shorter side, where that is certain. Raises UserError for what cannot be."""
+        """`side`: pixels of the images' shorter side, if it is known. Raises UserError for impossible settings."""
         for name in ("mixup", "cutmix"):
             alpha = getattr(config, name)
             if not 0.0 <= alpha < math.inf:
-                raise UserError(f"mixing.{name}: {alpha} is not the a of a Beta(a, a); give 0 to turn it off, or 0.2")
+                raise UserError(
+                    f"mixing.{name}: {alpha} is not a parameter of Beta(a, a); give 0 to turn it off, or 0.2"
+                )
             if alpha and plan.micro_batch == 1:
                 raise UserError(f"mixing.{name}: {alpha} mixes the samples of a micro-batch; batch.micro_batch is 1")
         for name in ("switch", "probability"):
@@ -95,7 +97,7 @@ class Mixing:
         mixed, cut = random.random_sample(2) < (config.probability, config.switch)
         if not mixed:
             return Mix()
-        # Not always the neighbour: that one is from the same place in the tars, with data.order: none always the same.
+        # Not always the neighbour: with data.order: none that would always be the same sample.
         shift = int(random.randint(1, size))
         if config.mixup and not (config.cutmix and cut):
             return Mix(float(random.beta(config.mixup, config.mixup)), shift)

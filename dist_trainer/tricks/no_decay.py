@@ -1,4 +1,4 @@
-"""Which parameters weight decay is kept off: normalisation layers, biases, and what the model names by itself."""
+"""Parameters without weight decay: normalisation layers, biases, and those that the model names itself."""
 
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase

@@ -1,8 +1,8 @@
 """PreciseBN: batch-norm's statistics re-estimated from training samples with frozen weights, over all ranks.
 
-A running average lags behind its weights, and EMA or averaged weights have none of their own: pool what a few
-thousand samples show (Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3). A mean of batch variances
-would lose what differs between batches and ranks, so n, mean and M2 = sum of (x - mean)^2 are pooled, in float64.
+A running average lags behind its weights, and EMA or averaged weights have no statistics: pool those of a few thousand
+samples (Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3). A mean of batch variances would lose what
+differs between batches and ranks, so n, mean and M2 = sum of (x - mean)^2 are pooled, in float64.
 """
 
 import contextlib
@@ -96,7 +96,7 @@ def _training_alone(model: nn.Module, layers: list[BatchNorm]) -> Iterator[None]
         for layer, momentum in momenta:
             layer.momentum = momentum
         for buffer, value in buffers:
-            buffer.copy_(value)  # never bound anew: it may be a view of one flat tensor
+            buffer.copy_(value)  # never rebound: it may be a view of one flat tensor
 
 
 class _Pool(contextlib.ExitStack):

@@ -26,7 +26,7 @@ def check_same_world(then: int, now: int) -> None:
     if then != now:
         raise UserError(
             f"model.sync_bn: the run was trained on {then} ranks, whose micro-batches batch-norm sees together; "
-            f"{now} ranks would go on with another model. Start {then}, or another --run.name"
+            f"{now} ranks would continue with another model. Start {then}, or another --run.name"
         )
 
 

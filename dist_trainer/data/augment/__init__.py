@@ -1,4 +1,4 @@
-"""What happens to an image before it stands in a batch."""
+"""Augmentation: from a decoded image to one in a batch."""
 
 from dist_trainer.data.augment.crop import CenterCrop, CropConfig, crop_boxes
 from dist_trainer.data.augment.pipeline import Augment, AugmentConfig

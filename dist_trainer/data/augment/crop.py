@@ -30,10 +30,10 @@ class CropConfig:
     grow: tuple[str, str] = ("35%", "85%")
     """When the size begins to grow and when it is reached, such as [5ep, 13ep]. It changes between epochs."""
     multiple_of: int = 32
-    """Sizes on the way are rounded to this, as a network's strides want it."""
+    """Intermediate sizes are rounded to a multiple of this, to fit a network's strides."""
 
     def check(self) -> None:
-        """Raises UserError for numbers that make no crop."""
+        """Raises UserError for impossible crops."""
         for name in ("size", "start_size", "multiple_of"):
             value: Any = getattr(self, name)
             if value is not None and value < 1:
@@ -66,7 +66,7 @@ class Sizes:
 
     @property
     def all(self) -> set[int]:
-        """Every size that comes up."""
+        """All sizes of the run."""
         return {self.at(epoch) for epoch in range(math.ceil(self._epochs[1]) + 1)}
 
 

@@ -6,10 +6,10 @@ from dist_trainer.data.augment.scale import scaled
 
 
 class GridMask:
-    """A grid of period d, drawn from [`d_min`, `d_max`) in pixels of an image of 224, begun at a random place.
+    """A grid of period d, drawn from [`d_min`, `d_max`) in pixels of an image of 224, with a random offset.
 
-    mode 1 fills squares of d - l, where l = int(d `ratio` + 0.5), and keeps 1 - (1 - l / d)^2 of the pixels: 75%.
-    mode 0 fills all but these squares and keeps 25%.
+    mode 1 fills squares of d - l, where l = int(d `ratio` + 0.5), and keeps 1 - (1 - l / d)^2 of the pixels: 75%. mode
+    0 fills all but these squares and keeps 25%.
     """
 
     def __init__(
@@ -23,7 +23,7 @@ class GridMask:
         probability: float = 1.0,
         ramp: float = 0.0,
     ) -> None:
-        """`ramp`, in epochs: the probability grows to its value in so many. PaddleClas's numbers, but mode 1."""
+        """`ramp`: epochs over which the probability grows to its value. PaddleClas's numbers, but mode 1."""
         if not 1 < d_min < d_max:
             raise ValueError(f"d_min {d_min}, d_max {d_max}: they must be 1 < d_min < d_max")
         if not 0.0 < ratio < 1.0:

@@ -1,4 +1,4 @@
-"""Hide-and-Seek (Kumar Singh & Lee 2017): of the cells of a grid, each is filled with a probability of its own."""
+"""Hide-and-Seek (Kumar Singh & Lee 2017): each cell of a grid is filled with some probability."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""From a decoded, cropped image to what stands in a batch, as a pure function of (seed, epoch, sample id, copy)."""
+"""From a decoded, cropped image to one in a batch, as a pure function of (seed, epoch, sample id, copy)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,10 +32,10 @@ ERASERS: dict[str, Callable[..., Erase]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """What happens to training images, in this order, after the crop; they are mirrored last."""
+    """Augmentation of training images, in this order after the crop; the flip comes last."""
 
     crop: CropConfig | None = None
-    """Null leaves images as they are; then all must have one size."""
+    """Null: no crop; then all images must have the same size."""
     flip: float = 0.5
     """Probability of a mirror image."""
     color_jitter: float = 0.0
@@ -53,10 +53,10 @@ class AugmentConfig:
 
 
 class Augment:
-    """The training transform: everything is drawn under one key per sample, which no rank or worker enters."""
+    """The training transform. All draws use one key per sample, which does not depend on ranks or workers."""
 
     def __init__(self, config: AugmentConfig, seed: int, plan: Plan, mean: Sequence[float]) -> None:
-        """`mean`: per channel, of pixels in [0, 1]. Raises UserError for what cannot be."""
+        """`mean`: per channel, of pixels in [0, 1]. Raises UserError for impossible settings."""
         if not 0.0 <= config.flip <= 1.0:
             raise UserError(f"augment.flip: {config.flip} is not a probability")
         self.crop, self._flip, self._seed, self._plan = config.crop, config.flip, seed, plan
@@ -78,12 +78,12 @@ class Augment:
 
     @property
     def last_step(self) -> int:
-        """Of the run, when images are as large and as much augmented as they will be."""
+        """The run's last step, when images are largest and most augmented."""
         return self._plan.total_steps - 1
 
     @property
     def sizes(self) -> set[int]:
-        """Pixels on each side of what comes out over the run, where that is certain."""
+        """Pixels on each side of images over the run, if they are known."""
         return self._sizes.all if self._sizes is not None and self._keeps_size else set()
 
     def size(self, step: int) -> int | None:
@@ -91,7 +91,7 @@ class Augment:
         return None if self._sizes is None else self._sizes.at(self.epoch(step))
 
     def epoch(self, step: int) -> int:
-        """That of the first sample of `step`."""
+        """The epoch of the first sample of `step`."""
         return int(self._plan.epoch(step))
 
     def keys(self, epochs: np.ndarray, ids: np.ndarray, copy: int) -> UInt64:
@@ -99,7 +99,7 @@ class Augment:
         return hashes(hashes(ids, AUGMENT, self._seed, copy) ^ epochs.astype(np.uint64), AUGMENT)
 
     def transform(self, image: torch.Tensor, sample_key: int, step: int) -> torch.Tensor:
-        """uint8 [C, H, W] to the same type; leaves random generators in a state that nothing may rely on."""
+        """uint8 [C, H, W] to the same type. Changes the state of the random generators."""
         if self._steps or self._erase is not None:
             self._seed_step(sample_key)
         for each in self._steps:
@@ -112,7 +112,7 @@ class Augment:
 
 
 def _eraser(named: Named, fill: torch.Tensor, plan: Plan) -> Erase | None:
-    """Raises UserError for a name or arguments that there are not."""
+    """Raises UserError for unknown names or arguments."""
     if named.name == OFF:
         return None
     if named.name not in ERASERS:
@@ -133,7 +133,7 @@ def _eraser(named: Named, fill: torch.Tensor, plan: Plan) -> Erase | None:
 
 
 def _seed_torch(seed: int) -> None:
-    """All that torchvision's transforms draw from. torch.manual_seed would cost 79 us, this 1."""
+    """Seed the generator that torchvision's transforms use. torch.manual_seed would cost 79 us, this 1."""
     torch.default_generator.manual_seed(seed)
 
 

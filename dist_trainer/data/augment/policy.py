@@ -1,8 +1,8 @@
 """Colour jitter and the learned or random policies: AutoAugment, RandAugment, TrivialAugment; torchvision's, on PIL.
 
 Policies on PIL images, both conversions included, take 0.55 to 0.86 of their time on tensors (benchmarks/augment.py).
-Jitter alone takes 1.3 of it, but is of integers here: on tensors the mean that contrast refers to is a sum of floats,
-whose last bit is the processor's. What a rotation or shear leaves empty is filled with the data set's mean.
+Jitter alone takes 1.3 of it, but uses integers here: on tensors contrast needs the mean, a sum of floats whose last bit
+depends on the processor. Areas that a rotation or shear leaves empty get the data set's mean.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,10 +29,10 @@ def _policies() -> dict[str, Callable[..., Any]]:
 
 
 class OnPil:
-    """uint8 [C, H, W] through torchvision transforms as a PIL image. All randomness is torch's default generator's."""
+    """uint8 [C, H, W] through torchvision transforms as a PIL image. They draw from torch's default generator."""
 
     def __init__(self, jitter: float, policy: Named, fill: Sequence[int]) -> None:
-        """Raises UserError for values and names that there are not."""
+        """Raises UserError for unknown names and impossible values."""
         if not 0.0 <= jitter < 1.0:
             raise UserError(f"augment.color_jitter: {jitter} is not in [0, 1); 0.4 is usual")
         self._steps: list[Any] = []

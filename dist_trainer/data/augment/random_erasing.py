@@ -9,7 +9,7 @@ from dist_trainer.errors import UserError
 
 
 class RandomErasing:
-    """Of `probability`, a box of an area from `scale` (fraction of the image) and a shape from `ratio`."""
+    """With `probability`, fills a box with an area from `scale` (fraction of the image) and a shape from `ratio`."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class RandomErasing:
 
         if value is not None:
             raise UserError(
-                f"augment.erase.args.value: {value!r}: erased pixels take the data set's mean, which is 0 behind the "
+                f"augment.erase.args.value: {value!r}: erased pixels take the data set's mean, which is 0 after "
                 "normalisation; noise would not have the images' scale. Remove it"
             )
         self._erase = v2.RandomErasing(probability, list(scale), list(ratio), fill.flatten().tolist())
