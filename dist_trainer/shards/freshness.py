@@ -40,10 +40,10 @@ def check_shards(index: ShardIndex, path: Path, shards: ShardSet | None) -> None
 
 
 def check_content(index: ShardIndex, path: Path, storage: Storage) -> str:
-    """Compare sizes and stamps, and content where a stamp changed. New stamps are saved in `path` where it can be
-    written.
+    """Compare sizes and stamps, and content where a stamp changed. New stamps are saved in `path` if it is
+    writable.
 
-    Returns a line to say, or "". Raises UserError naming a shard that is missing or not what was indexed.
+    Returns a line for the user, or "". Raises UserError naming a shard that is missing or not what was indexed.
     """
     is_folder = index.names is not None
     stamps = _folder_stamps(index, path) if is_folder else _tar_stamps(index, path, storage)

@@ -30,9 +30,9 @@ class DataPlace:
 
 
 def locate(locations: Sequence[str], storage: Storage) -> DataPlace:
-    """Resolve one location, or several tars. Whether named tars exist is not looked at.
+    """Resolve one location, or several tars. Whether named tars exist is not checked.
 
-    Raises UserError for what holds no images, for a pattern that does not parse, and for what cannot be reached.
+    Raises UserError for a location without images, a pattern that does not parse, and unreachable storage.
     """
     for location in locations:
         refuse_secret_url(location)  # before any message shows it

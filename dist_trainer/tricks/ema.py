@@ -107,7 +107,7 @@ class Ema:
         torch._foreach_lerp_(list(self.weights.values()), [live[name] for name in self.weights], weight)
 
     def update_statistics(self, statistics: torch.Tensor) -> None:
-        """Add the running statistics (float32 [2C]) of the next applied update. They come one step after its weights."""
+        """Add the running statistics (float32 [2C]) of the next applied update, one step after its weights."""
         weight = self._weight(self._num_followed)
         self._num_followed += 1
         if weight is not None:

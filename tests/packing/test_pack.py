@@ -110,7 +110,7 @@ def test_a_fraction_that_cannot_be_is_refused(tmp_path: Path) -> None:
         fill(tmp_path / "raw" / split, {"ant": 1, "bee": 1})
     assert "of its own" in refused(tmp_path / "raw", tmp_path / "out", "--val_fraction=0.5")
     assert "between 0 and 1" in refused(tmp_path / "raw" / "train", tmp_path / "out", "--val_fraction=1.0")
-    assert "one image alone" in refused(tmp_path / "raw" / "train", tmp_path / "out", "--val_fraction=0.5")
+    assert "only one image" in refused(tmp_path / "raw" / "train", tmp_path / "out", "--val_fraction=0.5")
 
 
 # Smaller images

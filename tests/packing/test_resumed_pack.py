@@ -94,7 +94,7 @@ def test_a_killed_pack_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Captu
     stuck.unlink()
     stuck.write_bytes(data)
     assert dispatch(argv) == 0
-    assert f"goes on, {wanted} tars are there" in capsys.readouterr().out
+    assert f"continues, {wanted} tars exist" in capsys.readouterr().out
     for path in (tmp_path / "undisturbed" / "train").iterdir():
         other = tmp_path / "out" / "train" / path.name
         if path.name in finished:
@@ -127,7 +127,7 @@ def test_another_recipe_starts_over_and_says_so(tmp_path: Path) -> None:
         run = pack(FolderSource(raw), out, recipe, num_processes=1, say=said.append)
         assert next(run) == 4
         run.close()
-    assert said == [f"{partial_folder(out)}: starts over: what was there had another seed"]
+    assert said == [f"{partial_folder(out)}: starts over: the unfinished tars had another seed"]
     (raw / "ant" / "new.png").write_bytes(png(np.random.default_rng(0)))
     list(pack(FolderSource(raw), out, Recipe(samples_per_shard=4), num_processes=1, say=said.append))
     assert "another listing, samples" in said[1]

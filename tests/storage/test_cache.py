@@ -169,7 +169,7 @@ def test_a_full_disk_is_one_warning(
         Job(cache_jobs.read_without_room, node.reader(index, options={"log": ""}), list(range(203)), 300).result()
         == truth
     )
-    said = [line for line in capfd.readouterr().err.splitlines() if "going on without the cache" in line]
+    said = [line for line in capfd.readouterr().err.splitlines() if "continuing without the cache" in line]
     assert len(said) == 1
     assert not node.blocks()
     assert counted(node) == 0
@@ -227,9 +227,9 @@ def test_sizes(text: str, size: int) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (CacheConfig(size="lots"), "data.cache.size: 'lots' is no size"),
-        (CacheConfig(size="20XB"), "data.cache.size: '20XB' is no size"),
-        (CacheConfig(size="-1GB"), "data.cache.size: '-1GB' is no size"),
+        (CacheConfig(size="lots"), "data.cache.size: 'lots' is not a size"),
+        (CacheConfig(size="20XB"), "data.cache.size: '20XB' is not a size"),
+        (CacheConfig(size="-1GB"), "data.cache.size: '-1GB' is not a size"),
         (CacheConfig(dir="relative"), "data.cache.dir: 'relative' is not an absolute path"),
         (
             CacheConfig(dir="$NO_SUCH_VARIABLE/x"),
