@@ -212,7 +212,7 @@ def test_a_validation_set_that_cannot_be_scored_costs_no_training(runs: Path) ->
     said = {(runs / f"eval_fail-rank{rank}.txt").read_text() for rank in range(3)}
     assert len(said) == 1
     assert (
-        f"stopped after step {STEPS}, saved; start again to go on: eval.bad: fail: 1 bad validation sample"
+        f"stopped after step {STEPS}, saved; start again to continue: eval.bad: fail: 1 bad validation sample"
         in said.pop()
     )
     assert newest(runs / "eval_fail").name == f"step_{STEPS:08d}"

@@ -61,7 +61,7 @@ def test_a_gradient_that_is_not_finite_stops_where_that_is_asked_for(fashion: li
     session = Session(argv, tmp_path / "log")
     assert session.wait() == 2
     line = (
-        "dist-trainer: stopped after step 4, saved; start again to go on: its gradient was not finite, and not applied"
+        "dist-trainer: stopped after step 4, saved; start again to continue: its gradient was not finite and was not applied"
     )
     assert session.log.read_text().splitlines()[-1].startswith(line)
     assert (tmp_path / "run" / "STATE").read_text() == "stopped\n"
