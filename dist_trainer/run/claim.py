@@ -7,10 +7,12 @@ from typing import Any
 from torch import nn
 
 from dist_trainer.config.tree import TrainConfig
+from dist_trainer.data.config import DataConfig
 from dist_trainer.distributed.collectives import on_main
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import UserError
 from dist_trainer.log.console import Terminal
+from dist_trainer.models import ModelConfig
 from dist_trainer.models.pretrained import LoadReport, load_pretrained
 from dist_trainer.run_folder import checkpoint
 from dist_trainer.run_folder.folder import RunFolder
@@ -38,10 +40,12 @@ def claim_or_initialise(
 ) -> Claim:
     """`claim_folder`; a run without checkpoints also loads the configured initial weights, if any (collective)."""
     has_checkpoints = on_main(world, lambda: bool(checkpoint.complete(folder.checkpoints)))
-    report = None if has_checkpoints else load_initial_weights(config, model, world)  # mistakes show before the claim
+    report = None
+    if not has_checkpoints:  # before the claim, so that a mistake leaves no folder
+        report = load_initial_weights(config.model, config.data, model, world)
     claim = claim_folder(config, folder=folder, identity_keys=identity_keys, world=world, terminal=terminal)
     if has_checkpoints and not claim.is_complete and claim.checkpoint is None:  # they turned out damaged
-        report = load_initial_weights(config, model, world)
+        report = load_initial_weights(config.model, config.data, model, world)
     if report is not None:
         for line in report.lines():
             terminal.say(line)
@@ -49,11 +53,11 @@ def claim_or_initialise(
     return claim
 
 
-def load_initial_weights(config: TrainConfig, model: nn.Module, world: World) -> LoadReport | None:
-    """Load what model.pretrained names, if anything, into the model (collective)."""
-    if not config.model.pretrained:
+def load_initial_weights(config: ModelConfig, data: DataConfig, model: nn.Module, world: World) -> LoadReport | None:
+    """Load the weights that model.pretrained names, if any, into the model (collective)."""
+    if not config.pretrained:
         return None
-    return load_pretrained(config.model, Storage(config.data.storage_options, config.data.retry), model, world)
+    return load_pretrained(config, Storage(data.storage_options, data.retry), model, world)
 
 
 def claim_folder(

@@ -159,7 +159,7 @@ def train_eval_stream(
     return EvalStream(train, data, center_crop(config), config.batch, world, chosen)
 
 
-def mended_samples(index: ShardIndex, config: DataConfig, bad_samples: BadSampleLog) -> list[int]:
+def repaired_samples(index: ShardIndex, config: DataConfig, bad_samples: BadSampleLog) -> list[int]:
     """Known bad samples that have been repaired: their bytes match the index again."""
     reader = Reader(index, options=config.storage_options, retry=config.retry, cache=config.cache)
     ids = np.array([bad.sample for bad in bad_samples.known if bad.kind == "crc"], np.int64)

@@ -2,23 +2,19 @@
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.bad_samples import BadSampleLog
-from dist_trainer.data.config import DataConfig
-from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.stream import FixedSampleStream
-from dist_trainer.distributed.collectives import on_main
 from dist_trainer.distributed.processes import StopRequest
 from dist_trainer.distributed.world import World
-from dist_trainer.engine.base import Engine
+from dist_trainer.engine.base import Engine, EngineConfig
 from dist_trainer.engine.build import build_engine
 from dist_trainer.engine.inference import Preprocess
 from dist_trainer.engine.numerics import set_numerics
-from dist_trainer.errors import UserError
 from dist_trainer.log.console import Terminal
 from dist_trainer.log.meter import Meter
 from dist_trainer.log.tracker import Tracker
@@ -27,18 +23,17 @@ from dist_trainer.run.advice import warnings
 from dist_trainer.run.averaging import Averaging
 from dist_trainer.run.blueprint import Blueprint, make_blueprint
 from dist_trainer.run.claim import Claim, claim_or_initialise
-from dist_trainer.run.data import RunData, Streams, mended_samples, open_data, open_streams
+from dist_trainer.run.data import RunData, Streams, open_data, open_streams
+from dist_trainer.run.restore import load_model, restore
 from dist_trainer.run.state import Learner, Progress, Record, Run
 from dist_trainer.run.step_sums import StepSums
 from dist_trainer.run.weights import Weights
-from dist_trainer.run_folder import checkpoint
 from dist_trainer.run_folder.environment import git_revision
 from dist_trainer.run_folder.folder import RunFolder
 from dist_trainer.run_folder.identity import auto_name, identity
-from dist_trainer.tensors import State
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema, EmaConfig
-from dist_trainer.tricks.sync_bn import check_same_world, synchronised
+from dist_trainer.tricks.sync_bn import synchronised
 
 
 @dataclass(frozen=True)
@@ -49,18 +44,6 @@ class PreparedRun:
     blueprint: Blueprint
     streams: Streams
     claim: Claim
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint whose weights are in the model already."""
-
-    folder: Path
-    state: dict[str, Any]
-    """What its state.json holds."""
-
-    def tensors(self, name: str) -> State:
-        return checkpoint.load_tensors(self.folder, name)
 
 
 def prepare_run(config: TrainConfig, *, stem: str, world: World, terminal: Terminal) -> PreparedRun:
@@ -104,15 +87,15 @@ def build_run(
     With `resume_after`, a step, training continues after that step; those since the checkpoint count as skipped.
     """
     blueprint, streams, claim = prepared.blueprint, prepared.streams, prepared.claim
-    saved = load_model(claim.checkpoint, blueprint, config, world) if claim.checkpoint is not None else None
-    learner = build_learner(config, blueprint, streams.bn_samples, claim.folder, world)
-    record = new_record(config, prepared, world, terminal)
-    progress = restore(saved, learner, record, prepared.data.train, config.data, world) if saved else Progress()
-    if learner.averaging is not None:
-        for note in learner.averaging.resume(progress.evaluated_step):
-            terminal.say(note)
-    facts = {**config.as_dict(), "world": world.size, "git": git_revision()}
-    record.tracker.open(claim.folder.path, progress.step, config.wandb, facts)
+    saved, progress = None, Progress()
+    if claim.checkpoint is not None:
+        saved = load_model(claim.checkpoint, blueprint.model, sync_bn=config.model.sync_bn, world=world)
+    learner = build_learner(config, blueprint, bn_samples=streams.bn_samples, folder=claim.folder, world=world)
+    record = new_record(prepared, engine=config.engine, max_bad=config.data.max_bad, world=world, terminal=terminal)
+    if saved is not None:
+        train = prepared.data.train
+        progress = restore(saved, learner=learner, record=record, train=train, config=config.data, world=world)
+    open_logs(config, learner=learner, record=record, progress=progress, world=world, terminal=terminal)
     progress.skip_to(resume_after)
     return Run(
         config=config,
@@ -128,26 +111,18 @@ def build_run(
     )
 
 
-def load_model(folder: Path, blueprint: Blueprint, config: TrainConfig, world: World) -> Saved:
-    """Load a checkpoint's weights into the model, before an engine takes it. Raises UserError where they do not fit."""
-    saved = Saved(folder, checkpoint.load_state(folder))
-    if config.model.sync_bn:
-        check_same_world(saved.state["world"], world.size)
-    if world.device.type == "cpu" and saved.state["world"] == world.size:
-        torch.set_num_threads(saved.state["threads"])  # the number of threads decides the order of float sums
-    checkpoint.load_into(blueprint.model, saved.tensors("model"), str(folder))
-    return saved
-
-
 def build_learner(
     config: TrainConfig,
     blueprint: Blueprint,
+    *,
     bn_samples: FixedSampleStream | None,
     folder: RunFolder,
     world: World,
 ) -> Learner:
-    """The engine on its device, and everything derived from its weights. Raises UserError for what does not go
-    together."""
+    """The engine on its device, and everything derived from its weights.
+
+    Raises UserError for settings that exclude each other.
+    """
     engine = build_engine(
         config.engine,
         model=blueprint.model,
@@ -181,42 +156,36 @@ def build_ema(config: EmaConfig, engine: Engine, batch_norm: RunningStatistics, 
     return Ema(config, live, batch_norm.running, start, total)
 
 
-def new_record(config: TrainConfig, prepared: PreparedRun, world: World, terminal: Terminal) -> Record:
+def new_record(
+    prepared: PreparedRun, *, engine: EngineConfig, max_bad: int | Literal["auto"], world: World, terminal: Terminal
+) -> Record:
     """The record of a run before its first step."""
     train = prepared.data.train
     return Record(
         folder=prepared.claim.folder,
         tracker=Tracker(world, prepared.blueprint.plan.total_steps, terminal),
         meter=Meter(),
-        bad_samples=BadSampleLog(train, config.data.max_bad, "train"),
+        bad_samples=BadSampleLog(train, max_bad, "train"),
         facts={
             "fingerprint": train.fingerprint,
             "order": asdict(prepared.streams.train.spec),
             "world": world.size,
             "threads": torch.get_num_threads(),
-            "engine": asdict(config.engine),
+            "engine": asdict(engine),
             "torch": torch.__version__,
         },
     )
 
 
-def restore(
-    saved: Saved, learner: Learner, record: Record, train: ShardIndex, data: DataConfig, world: World
-) -> Progress:
-    """Load all of a checkpoint but the model (collective). Raises UserError for one of other data or another order."""
-    state = saved.state
-    if any(state[name] != record.facts[name] for name in ("order", "fingerprint")):
-        raise UserError(f"{saved.folder}: was made with other data or another order of them; use another --run.name")
-    learner.engine.load_optimizer_state(saved.tensors("optim"))
-    record.meter.load(state["meter"])
-    record.bad_samples.load(state["bad_samples"])
-    if record.bad_samples.over_budget:
-        mended = on_main(world, lambda: mended_samples(train, data, record.bad_samples))
-        record.bad_samples.forget(lambda bad: bad.sample in mended)
-    progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
-    if learner.ema is not None:
-        learner.weights.load_ema(saved.tensors("ema"), progress.step - progress.skipped)
-    return progress
+def open_logs(
+    config: TrainConfig, *, learner: Learner, record: Record, progress: Progress, world: World, terminal: Terminal
+) -> None:
+    """Continue the snapshots, metrics.jsonl and W&B where the run stands (collective)."""
+    if learner.averaging is not None:
+        for note in learner.averaging.resume(progress.evaluated_step):
+            terminal.say(note)
+    facts = {**config.as_dict(), "world": world.size, "git": git_revision()}
+    record.tracker.open(record.folder.path, progress.step, config.wandb, facts)
 
 
 def step_sums(plan: Plan, learner: Learner, record: Record, stop: StopRequest, world: World) -> StepSums:

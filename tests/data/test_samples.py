@@ -33,7 +33,7 @@ from dist_trainer.data.unindexed import TarStream
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import LocalError, Outage, UserError
 from dist_trainer.plan import BatchConfig, Duration, make_plan
-from dist_trainer.run.data import mended_samples
+from dist_trainer.run.data import repaired_samples
 from dist_trainer.shards.prepare import prepare_index
 
 CONFIG = DataConfig(train="", val="", workers=0)
@@ -199,16 +199,16 @@ def test_an_index_that_cannot_be_written_is_an_os_error_and_leaves_nothing(
     assert not list(folder.iterdir())
 
 
-def test_mended_samples_are_held_against_no_budget(index: ShardIndex) -> None:
+def test_repaired_samples_are_held_against_no_budget(index: ShardIndex) -> None:
     """Over the budget, then the bytes come back: known no more. Fails when a mended run could never go on."""
     damage(index, 3, 5)
     health = BadSampleLog(index, 0, "train")
     health.load([BadSample(n, "crc", index.shard_path(0), "").__dict__ for n in (3, 5)])
     assert health.over_budget is not None
     assert "--data.max_bad 4" in health.over_budget
-    assert mended_samples(index, CONFIG, health) == []
+    assert repaired_samples(index, CONFIG, health) == []
     damage(index, 3, 5)  # the same bits again
-    mended = mended_samples(index, CONFIG, health)
+    mended = repaired_samples(index, CONFIG, health)
     assert mended == [3, 5]
     health.forget(lambda bad: bad.sample in mended)
     assert health.over_budget is None
