@@ -46,7 +46,7 @@ def train(run: Run) -> str | None:
         if progress.skipped_in_a_row:
             not_finite(run)
     if run.learner.averaging is not None:
-        average(run)
+        average_snapshots(run)
     return None
 
 
@@ -84,7 +84,7 @@ def validate(run: Run) -> None:
         score_all(run)
 
 
-def average(run: Run) -> None:
+def average_snapshots(run: Run) -> None:
     """Average the k best snapshots, score the result, keep it (collective)."""
     with scoring(run):
         score_average(run)

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from dist_trainer.config.arguments import new_parser, parse_config
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.batch import EvalAddress
-from dist_trainer.data.samples import DrawnTrainSamples, EvalSamples, drawn
+from dist_trainer.data.samples import EvalSamples, FixedTrainSamples, choose_samples
 from dist_trainer.distributed.world import alone
 from dist_trainer.engine.evaluate import center_crop
 from dist_trainer.errors import UserError
@@ -47,14 +47,14 @@ def augment_grid(config: TrainConfig, num_samples: int, out: Path) -> str:
     index = open_data(config, alone(), Terminal(active=False)).train
     num_samples = min(num_samples, len(index))
     blueprint = make_blueprint(config, index, index.num_classes, 1)
-    ids = drawn(index, num_samples, config.run.seed)
+    ids = choose_samples(index, num_samples, config.run.seed)
     address = EvalAddress(0, num_samples)
     last = blueprint.augment.last_step
     steps = sorted({round(last * n / (_COLUMNS - 1)) for n in range(_COLUMNS)})
     before = EvalSamples(index, config.data, center_crop(config.eval), ids)[address]
     columns, titles = [before.images], ["evaluation"]
     for step in steps:
-        batch = DrawnTrainSamples(index, blueprint.augment, config.data, ids, step)[address]
+        batch = FixedTrainSamples(index, blueprint.augment, config.data, ids, step)[address]
         if batch.problem or before.problem:
             raise UserError(str(batch.problem or before.problem))
         mix = blueprint.mixing.draw(step, 0, batch.images.shape) if num_samples > 1 else None

@@ -317,12 +317,12 @@ class EvalSamples(_Samples):
         return [image if isinstance(image, Bad) else self._center_crop(image) for image in images]
 
 
-def drawn(index: ShardIndex, num_samples: int, seed: int) -> np.ndarray:
+def choose_samples(index: ShardIndex, num_samples: int, seed: int) -> np.ndarray:
     """Sample ids (int64 [num_samples]) drawn without repetition: a pure function of index size and seed."""
     return permute(np.arange(num_samples) % len(index), len(index), np.uint64(key(DRAW, seed)))
 
 
-class DrawnTrainSamples(_Augmented):
+class FixedTrainSamples(_Augmented):
     """Training samples `chosen` (ids, int64 [n]) in batches, augmented as at one step."""
 
     def __init__(self, index: ShardIndex, augment: Augment, config: DataConfig, chosen: np.ndarray, step: int) -> None:

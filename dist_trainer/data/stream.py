@@ -18,7 +18,7 @@ from dist_trainer.data.config import DataConfig
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.order import ClassOrder, Kind, OrderSpec
 from dist_trainer.data.parallel import as_worker, start_resource_tracker
-from dist_trainer.data.samples import DrawnTrainSamples, EvalSamples, TrainSamples, drawn
+from dist_trainer.data.samples import EvalSamples, FixedTrainSamples, TrainSamples, choose_samples
 from dist_trainer.data.unindexed import StreamSpec, TarStream
 from dist_trainer.distributed.processes import cores
 from dist_trainer.distributed.watchdog import beat
@@ -232,9 +232,9 @@ class FixedSampleStream(_FixedBatches):
         seed: int,
         world: World,
     ) -> None:
-        chosen = drawn(index, num_batches * size, seed)
+        chosen = choose_samples(index, num_batches * size, seed)
         samples = (
-            DrawnTrainSamples(index, transform, config, chosen, transform.last_step)
+            FixedTrainSamples(index, transform, config, chosen, transform.last_step)
             if isinstance(transform, Augment)
             else EvalSamples(index, config, transform, chosen)
         )

@@ -48,7 +48,7 @@ class Averaging:
         """Call on rank 0 after a save, with the last validation that each kept checkpoint knows of."""
         self._snapshots.commit(steps)
 
-    def average(self, score: Callable[[State], float]) -> State | None:
+    def average_kept(self, score: Callable[[State], float]) -> State | None:
         """The mean of the kept snapshots, uniform or greedy by `score` (collective); None where none was kept."""
         self._open()  # rank 0's files, on every rank
         if not self._snapshots.best:

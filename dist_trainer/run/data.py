@@ -14,7 +14,7 @@ from dist_trainer.data.decode import decoder_line
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.order import Kind
 from dist_trainer.data.read import Bad, Reader
-from dist_trainer.data.samples import drawn
+from dist_trainer.data.samples import choose_samples
 from dist_trainer.data.stream import EvalStream, FixedSampleStream, TrainStream
 from dist_trainer.data.unindexed import SAID
 from dist_trainer.distributed.collectives import on_main
@@ -155,7 +155,7 @@ def train_eval_stream(
         raise UserError(f"eval.train_samples: {config.train_samples} is negative; 0 scores none")
     if not config.train_samples or data.source == "stream":  # a stream has no index to draw from
         return None
-    chosen = drawn(train, min(config.train_samples, len(train)), seed)
+    chosen = choose_samples(train, min(config.train_samples, len(train)), seed)
     return EvalStream(train, data, center_crop(config), config.batch, world, chosen)
 
 

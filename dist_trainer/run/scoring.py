@@ -64,7 +64,7 @@ def score_average(run: Run) -> None:
         with weights.swapped_in("average", state):
             return evaluate(run.learner.engine, run.streams.val).metrics["top1"]
 
-    state = averaging.average(accuracy)
+    state = averaging.average_kept(accuracy)
     if state is None:
         return
     score_weights(run, "average", state)

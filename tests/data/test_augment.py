@@ -22,7 +22,7 @@ from dist_trainer.data.augment.random_erasing import RandomErasing
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.decode import decode
 from dist_trainer.data.read import Reader
-from dist_trainer.data.samples import drawn
+from dist_trainer.data.samples import choose_samples
 from dist_trainer.data.stream import TrainStream
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import UserError
@@ -276,7 +276,7 @@ def test_the_picture_shows_the_pixels_that_batches_hold(tmp_path: Path) -> None:
     sheet = np.asarray(Image.open(tmp_path / "grid.png"))
     index = index_of(tmp_path / "set" / "0.tar")
     augment = augment_of(AugmentConfig(flip=0.0, erase=Named(name="grid_mask")), plan_of(10))
-    for row, sample in enumerate(drawn(index, 3, 0)):
+    for row, sample in enumerate(choose_samples(index, 3, 0)):
         image = decode(Reader(index, retry=RetryConfig(), cache=CacheConfig()).read(np.array([sample]))[0], 3)
         (key,) = augment.keys(np.array([9]), np.array([sample]), 0).tolist()
         for column, expected in ((0, image), (6, augment.transform(image, key, 99))):

@@ -11,7 +11,7 @@ from dist_trainer.config.arguments import new_parser, parse_config
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.augment import CenterCrop
 from dist_trainer.data.config import DataConfig
-from dist_trainer.data.samples import drawn
+from dist_trainer.data.samples import choose_samples
 from dist_trainer.data.stream import EvalStream
 from dist_trainer.distributed.world import World
 from dist_trainer.run.advice import keys_to_turn, warnings
@@ -49,7 +49,7 @@ def test_the_slice_is_each_chosen_sample_once_as_evaluation_sees_it(tmp_path: Pa
     write_tar(tmp_path / "0.tar", sample_members(24))
     index = index_of(tmp_path / "0.tar")
     config = DataConfig(train="", val="", workers=0)
-    chosen, transform = drawn(index, 10, seed=3), CenterCrop(None, 6)
+    chosen, transform = choose_samples(index, 10, seed=3), CenterCrop(None, 6)
     assert len(set(chosen.tolist())) == 10
     images = {}
     for batch in EvalStream(index, config, transform, 24, World(0, 1, 0, 1, torch.device("cpu"))):
