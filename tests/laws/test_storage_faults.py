@@ -102,7 +102,7 @@ def test_a_long_wait_is_said_once(
     Storage({"faults": ["reset"] * 5}, PATIENT).read(f"faulty://{folder}/a.bin", 0, 100)
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1
-    assert "reset by peer; trying on for" in said[0]
+    assert "reset by peer; retrying for up to" in said[0]
 
 
 def test_what_asking_again_cannot_mend_is_asked_once(folder: Path, tmp_path: Path, s3: S3Server) -> None:
