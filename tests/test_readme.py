@@ -9,6 +9,7 @@ import yaml
 from running import ROOT
 
 from dist_trainer.commands.main import dispatch
+from dist_trainer.run_folder.identity import FREE, KEYS, PLACE, First
 
 
 def test_the_readmes_imagenet_config_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,3 +28,20 @@ def test_the_readmes_imagenet_config_plans(tmp_path: Path, capsys: pytest.Captur
     tuned = json.loads(capsys.readouterr().out)
     assert tuned["parameters"] - tuned["trained"] == 9_408 + 128 + 215_808  # conv1, bn1, layer1
     assert tuned["lr_advised"] == 0.01
+
+
+def test_the_readmes_table_of_keys_is_the_programs() -> None:
+    """Mutation: a key moves to another row in one of the two."""
+    lines = (ROOT / "README.md").read_text().partition("| keys | what a change does |")[2].splitlines()[2:7]
+    free, val, rounded, place, fixed = (
+        {key for name in re.findall(r"`([\w.*]+)`", line.split("|")[1]) for key in KEYS if fits(key, name)}
+        for line in lines
+    )
+    assert val == {"data.val"}
+    assert free | rounded == {key for key, row in KEYS.items() if row == FREE} - {"data.val_fingerprint"}
+    assert place | val == {key for key, row in KEYS.items() if row == PLACE}
+    assert fixed == {key for key, row in KEYS.items() if isinstance(row, First) and row.fixed} - {"data.fingerprint"}
+
+
+def fits(key: str, name: str) -> bool:
+    return key.startswith(name[:-1]) if name.endswith(".*") else key == name

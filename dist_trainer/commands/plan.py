@@ -2,9 +2,10 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
-from dist_trainer.config.arguments import new_parser, parse_config
+from dist_trainer.config.arguments import new_parser, parse_config, stem
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.distributed.world import alone, devices
@@ -15,6 +16,9 @@ from dist_trainer.plan import largest_world, num_slots
 from dist_trainer.run.advice import num_parameters, warnings
 from dist_trainer.run.blueprint import make_blueprint
 from dist_trainer.run.data import open_data
+from dist_trainer.run.start import choose_folder
+from dist_trainer.run_folder.folder import RunFolder
+from dist_trainer.run_folder.identity import identity
 from dist_trainer.storage.storage import Storage
 
 
@@ -27,7 +31,7 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--show", type=str | None, default=None, help="print one figure alone, such as world")
     config, values = parse_config(parser, argv)
-    figures = plan_figures(config, gpus=values.gpus, num_samples=values.samples)
+    figures = plan_figures(config, stem(values), gpus=values.gpus, num_samples=values.samples)
     if values.show is not None:
         if values.show not in figures:
             raise UserError(
@@ -37,22 +41,27 @@ def command(argv: list[str]) -> int:
     elif values.json:
         print(json.dumps(figures, indent=1))
     else:
-        rows, warnings = plan_rows(figures)
+        rows, notes = plan_rows(figures)
         terminal = Terminal(active=True)
         terminal.table("plan", rows)
-        for warning in warnings:
-            terminal.say(f"warning: {warning}")
+        for note in notes:
+            terminal.say(note)
     return 0
 
 
-def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: int | None = None) -> dict[str, Any]:
-    """Figures by name. Whatever `train` would refuse is refused here: raises UserError."""
+def plan_figures(
+    config: TrainConfig, stem: str, *, gpus: int | None = None, num_samples: int | None = None
+) -> dict[str, Any]:
+    """Figures by name; `stem` begins the names of run folders. Raises UserError for whatever `train` would refuse."""
     num_classes = 1000  # ImageNet's, where the data are not here
     world = gpus if gpus is not None else largest_world(config.batch, devices())
     train: ShardIndex | int
+    run = {}
     if num_samples is None:
         data = open_data(config, alone(), Terminal(active=False))
         train, num_classes = data.train, data.num_classes
+        path, similar = choose_folder(config.run, stem, identity(config.as_dict(), data.fingerprint))
+        run = {"run": path, "stands": RunFolder(Path(path)).standing(), "similar_run": similar}
     else:
         train = num_samples
     blueprint = make_blueprint(config, train, num_classes, world)
@@ -63,6 +72,7 @@ def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: i
         find_pretrained(config.model, Storage(config.data.storage_options, config.data.retry))
         fine_tuning["lr_advised"] = advised_rate(plan.num_samples)
     return {
+        **run,
         **fine_tuning,
         "world": plan.world,
         "parameters": num_parameters(blueprint.model),
@@ -89,17 +99,20 @@ def plan_figures(config: TrainConfig, *, gpus: int | None = None, num_samples: i
 
 
 def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """(the table as a person reads it, warnings)."""
+    """(the table as a person reads it, lines below it)."""
     f = figures
-    lines = list(f["warnings"])
+    lines = [f"warning: {line}" for line in f["warnings"]]
     if f["efficiency"] < 0.9:
         better = max(w for w in f["full_worlds"] if w <= f["world"])
         lines.append(
-            f"{f['world']} ranks share {f['micro_batches_per_step']} micro-batches unevenly: "
+            f"warning: {f['world']} ranks share {f['micro_batches_per_step']} micro-batches unevenly: "
             f"{1 - f['efficiency']:.0%} of the forwards do not count; {better} ranks divide them"
         )
+    if f.get("similar_run"):
+        lines.append(f["similar_run"])
     frozen = f["parameters"] - f["trained"]
     rows = {
+        **({"run": f"{f['run']}: {f['stands']}"} if "run" in f else {}),
         "model": f"{f['parameters']:,} parameters{f', {frozen:,} frozen' if frozen else ''}, {f['decayed']:,} with "
         "weight decay",
         "world": f"{f['world']} ranks (legal: {f['legal_worlds']}; even: {', '.join(map(str, f['full_worlds']))})",
@@ -108,7 +121,7 @@ def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         f"{f['efficiency']:.0%} efficient",
         "epoch": f"{f['num_samples']:,} samples = {f['steps_per_epoch']:,g} steps, "
         f"{f['samples_in_last_step']} samples in the last",
-        "run": f"{f['total_steps']:,} steps",
+        "length": f"{f['total_steps']:,} steps",
         "learning rate": f"{f['lr_first']:g} at step 0, {f['lr_peak']:g} after {f['warmup_steps']:,} steps of warm-up, "
         f"{f['lr_last']:.3g} at the last"
         + (f"; {f['lr_scale_least']:.2g} of it in the first layer" if f["lr_scale_least"] < 1 else ""),

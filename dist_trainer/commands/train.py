@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dist_trainer.commands.ranks import ranks
-from dist_trainer.config.arguments import new_parser, parse_config
+from dist_trainer.config.arguments import new_parser, parse_config, stem
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.distributed.processes import StopRequest
 from dist_trainer.distributed.watchdog import watched
@@ -28,9 +28,8 @@ MAX_ROLL_BACKS = 3
 def command(argv: list[str]) -> int:
     parser = new_parser("train", "Train, or resume where the run folder stands; evaluate and save.")
     config, values = parse_config(parser, argv)
-    stem = Path(str(values.config[0])).stem if values.get("config") else "run"
     with ranks(config.run.timeout + 60) as (world, terminal):
-        outcome = train_run(config, stem, world, terminal)
+        outcome = train_run(config, stem(values), world, terminal)
         if outcome.stopped_by:
             terminal.say(
                 f"stopped by {outcome.stopped_by} after step {outcome.summary['steps']}, saved; start again to continue"

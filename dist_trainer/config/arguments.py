@@ -123,6 +123,11 @@ def run_folder_argument(argv: list[str]) -> tuple[Path | None, list[str]]:
     return folder, [str(folder / "config.yaml"), *argv[1:]]
 
 
+def stem(values: Namespace) -> str:
+    """How names of run folders begin: the config file's name without its ending."""
+    return Path(str(values.config[0])).stem if values.get("config") else "run"
+
+
 def parse_config(parser: Parser, argv: list[str]) -> tuple[TrainConfig, Namespace]:
     """(the config, all values). Raises UserError for keys and values that cannot be."""
     argv = _with_config(argv)

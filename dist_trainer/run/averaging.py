@@ -27,11 +27,14 @@ class Averaging:
         self._open()
 
     def _open(self) -> None:
-        self._snapshots = Snapshots(self._folder, self._config.top_k, larger_is_better(self.metric))
+        better = larger_is_better(self.metric)
+        self._snapshots = Snapshots(self._folder, self._config.top_k, better, metric=self.metric)
 
     def resume(self, step: int) -> list[str]:
-        """Restore the snapshots as of the validation at `step` (collective). Returns a line for each missing file."""
-        return on_main(self._world, lambda: self._snapshots.resume(step))
+        """Restore the snapshots as of the validation at `step` (collective). Returns a line for what is dropped."""
+        former = self._snapshots.former_metric
+        notes = [f"snapshots are chosen anew: by {self.metric}, so far by {former}"] if former else []
+        return [*notes, *on_main(self._world, lambda: self._snapshots.resume(step))]
 
     def offer(self, name: str, step: int, metrics: dict[str, float]) -> str | None:
         """Keep the weights in the module if `name` is tracked and they are among the best (collective). Returns a line

@@ -16,6 +16,7 @@ from dist_trainer.models import ModelConfig
 from dist_trainer.models.pretrained import LoadReport, load_pretrained
 from dist_trainer.run_folder import checkpoint
 from dist_trainer.run_folder.folder import RunFolder
+from dist_trainer.run_folder.identity import Change
 from dist_trainer.storage.storage import Storage
 
 
@@ -27,6 +28,10 @@ class Claim:
     is_complete: bool
     checkpoint: Path | None
     """The checkpoint to resume from; None at the start."""
+    changed: list[Change]
+    """Keys of the training result that have other values from here on (run.allow_change)."""
+    scored_on: str | None
+    """The fingerprint of the validation set that the run was last started with; None in a new folder."""
 
 
 def claim_or_initialise(
@@ -61,27 +66,40 @@ def load_initial_weights(config: ModelConfig, data: DataConfig, model: nn.Module
 
 
 def claim_folder(
-    config: TrainConfig, *, folder: RunFolder, identity_keys: dict[str, Any], world: World, terminal: Terminal
+    config: TrainConfig,
+    *,
+    folder: RunFolder,
+    identity_keys: dict[str, Any],
+    world: World,
+    terminal: Terminal,
 ) -> Claim:
-    """Become the folder's owner and find what to resume (collective)."""
+    """Become the folder's owner and find what to resume (collective). The folder's config is not rewritten yet."""
 
     def claim() -> dict[str, Any]:
         if config.checkpoint.keep_last < 1:
             raise UserError(f"checkpoint.keep_last: {config.checkpoint.keep_last}; keep at least 1 to resume from")
         folder.claim()
-        for note in folder.write_config(config.as_dict(), identity_keys, config.run.allow_change):
-            terminal.say(note)
+        changed = folder.check_identity(identity_keys, config.run.allow_change)
+        found = {"changed": [asdict(change) for change in changed], "scored_on": folder.read_val_fingerprint()}
         summary = folder.read_summary()
-        if summary is not None and summary["state"] == "done":
+        if summary is not None and summary["state"] == "done" and not changed:
             folder.release()
-            return {"is_complete": True, "checkpoint": None}
-        folder.write_environment(world.size)
-        folder.write_state("running")
-        found, notes = checkpoint.newest(folder.checkpoints)
+            return {**found, "is_complete": True, "checkpoint": None}
+        for change in changed:
+            terminal.say(f"changed: {change}")
+        for change in folder.free_changes(config.as_dict()):
+            terminal.say(f"changed, without effect on training: {change}")
+        newest, notes = checkpoint.newest(folder.checkpoints)
         for note in notes:
             terminal.say(note)
-        terminal.say(f"run folder {folder.path}" + (f", resuming from {found.name}" if found else ""))
-        return {"is_complete": False, "checkpoint": str(found) if found else None}
+        terminal.say(f"run folder {folder.path}" + (f", resuming from {newest.name}" if newest else ""))
+        return {**found, "is_complete": False, "checkpoint": str(newest) if newest else None}
 
     found = on_main(world, claim)
-    return Claim(folder, found["is_complete"], Path(found["checkpoint"]) if found["checkpoint"] else None)
+    return Claim(
+        folder=folder,
+        is_complete=found["is_complete"],
+        checkpoint=Path(found["checkpoint"]) if found["checkpoint"] else None,
+        changed=[Change(**change) for change in found["changed"]],
+        scored_on=found["scored_on"],
+    )

@@ -41,8 +41,13 @@ class RunData:
 
     @property
     def fingerprint(self) -> str:
-        """The data's part of the run's identity."""
-        return f"{self.train.fingerprint[:16]} {self.val.fingerprint[:16]}"
+        """The training set's part of the run's identity."""
+        return self.train.fingerprint[:16]
+
+    @property
+    def val_fingerprint(self) -> str:
+        """The validation set's, which may change between starts."""
+        return self.val.fingerprint[:16]
 
 
 def open_data(config: TrainConfig, world: World, terminal: Terminal) -> RunData:

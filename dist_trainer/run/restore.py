@@ -27,6 +27,9 @@ class Saved:
     state: dict[str, Any]
     """What its state.json holds."""
 
+    def has(self, name: str) -> bool:
+        return (self.folder / f"{name}.safetensors").exists()
+
     def tensors(self, name: str) -> State:
         return checkpoint.load_tensors(self.folder, name)
 
@@ -60,5 +63,9 @@ def restore(
         record.bad_samples.forget(lambda bad: bad.sample in repaired)
     progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
     if learner.ema is not None:
-        learner.weights.load_ema(saved.tensors("ema"), progress.step - progress.skipped)
+        updates = progress.step - progress.skipped
+        if saved.has("ema"):
+            learner.weights.load_ema(saved.tensors("ema"), updates)
+        else:
+            learner.ema.begin_after(updates)
     return progress

@@ -1,20 +1,23 @@
 """Putting a run together, from the start or from a checkpoint: `prepare_run`, then `build_run`."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.bad_samples import BadSampleLog
 from dist_trainer.data.stream import FixedSampleStream
+from dist_trainer.distributed.collectives import on_main
 from dist_trainer.distributed.processes import StopRequest
 from dist_trainer.distributed.world import World
 from dist_trainer.engine.base import Engine, EngineConfig
 from dist_trainer.engine.build import build_engine
 from dist_trainer.engine.inference import Preprocess
 from dist_trainer.engine.numerics import set_numerics
+from dist_trainer.errors import UserError
 from dist_trainer.log.console import Terminal
 from dist_trainer.log.meter import Meter
 from dist_trainer.log.tracker import Tracker
@@ -29,8 +32,8 @@ from dist_trainer.run.state import Learner, Progress, Record, Run
 from dist_trainer.run.step_sums import StepSums
 from dist_trainer.run.weights import Weights
 from dist_trainer.run_folder.environment import git_revision
-from dist_trainer.run_folder.folder import RunFolder
-from dist_trainer.run_folder.identity import auto_name, identity
+from dist_trainer.run_folder.folder import RunConfig, RunFolder
+from dist_trainer.run_folder.identity import find_run, identity
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema, EmaConfig
 from dist_trainer.tricks.sync_bn import synchronised
@@ -44,6 +47,7 @@ class PreparedRun:
     blueprint: Blueprint
     streams: Streams
     claim: Claim
+    identity_keys: dict[str, Any]
 
 
 def prepare_run(config: TrainConfig, *, stem: str, world: World, terminal: Terminal) -> PreparedRun:
@@ -61,16 +65,27 @@ def prepare_run(config: TrainConfig, *, stem: str, world: World, terminal: Termi
     for note in [*streams.notes, *(f"warning: {line}" for line in warnings(config, blueprint, data.num_classes))]:
         terminal.say(note)
     identity_keys = identity(config.as_dict(), data.fingerprint)
-    name = auto_name(stem, identity_keys) if config.run.name == "auto" else config.run.name
+    folder, similar = on_main(world, lambda: choose_folder(config.run, stem, identity_keys))
+    if similar:
+        terminal.say(similar)
     claim = claim_or_initialise(
         config,
         model=blueprint.model,
-        folder=RunFolder(Path(config.run.dir).expanduser() / name),
+        folder=RunFolder(Path(folder)),
         identity_keys=identity_keys,
         world=world,
         terminal=terminal,
     )
-    return PreparedRun(data, blueprint, streams, claim)
+    return PreparedRun(data, blueprint, streams, claim, identity_keys)
+
+
+def choose_folder(config: RunConfig, stem: str, identity_keys: Mapping[str, Any]) -> tuple[str, str]:
+    """(the run's folder, a line about a similar run or ""), as run.name says; on one rank."""
+    root = Path(config.dir).expanduser()
+    if config.name != "auto":
+        return str(root / config.name), ""
+    name, similar = find_run(root, stem, identity_keys, config.allow_change)
+    return str(root / name), similar
 
 
 def build_run(
@@ -95,7 +110,11 @@ def build_run(
     if saved is not None:
         train = prepared.data.train
         progress = restore(saved, learner=learner, record=record, train=train, config=config.data, world=world)
-    open_logs(config, learner=learner, record=record, progress=progress, world=world, terminal=terminal)
+        check_length(progress.step, blueprint.plan, config.duration)
+        scored_on = saved.state.get("val_fingerprint", claim.scored_on)
+        if scored_on != prepared.data.val_fingerprint:
+            forget_scores(progress, learner, terminal)
+    open_logs(prepared, config=config, learner=learner, record=record, progress=progress, world=world)
     progress.skip_to(resume_after)
     return Run(
         config=config,
@@ -168,6 +187,7 @@ def new_record(
         bad_samples=BadSampleLog(train, max_bad, "train"),
         facts={
             "fingerprint": train.fingerprint,
+            "val_fingerprint": prepared.data.val_fingerprint,
             "order": asdict(prepared.streams.train.spec),
             "world": world.size,
             "threads": torch.get_num_threads(),
@@ -177,15 +197,46 @@ def new_record(
     )
 
 
+def check_length(step: int, plan: Plan, duration: str) -> None:
+    """Raises UserError for a run that was made shorter than it is."""
+    if step > plan.total_steps:
+        raise UserError(
+            f"duration: {duration} ends at step {plan.total_steps}, and the run stands at step {step}; set it longer"
+        )
+
+
+def forget_scores(progress: Progress, learner: Learner, terminal: Terminal) -> None:
+    """Rank weights anew: they were scored on another validation set (collective)."""
+    terminal.say("the validation set is another one: best weights and snapshots are chosen anew")
+    progress.forget_scores()
+    if learner.averaging is not None:
+        learner.averaging.resume(0)
+
+
 def open_logs(
-    config: TrainConfig, *, learner: Learner, record: Record, progress: Progress, world: World, terminal: Terminal
+    prepared: PreparedRun, *, config: TrainConfig, learner: Learner, record: Record, progress: Progress, world: World
 ) -> None:
-    """Continue the snapshots, metrics.jsonl and W&B where the run stands (collective)."""
+    """Training continues from here: write the folder's files, continue snapshots, metrics and W&B (collective)."""
+    claim, folder, terminal = prepared.claim, record.folder, record.tracker.terminal
+
+    def write() -> list[dict[str, Any]]:
+        folder.write_environment(world.size)
+        folder.write_config(
+            config.as_dict(),
+            prepared.identity_keys,
+            val_fingerprint=prepared.data.val_fingerprint,
+            changed=claim.changed,
+            step=progress.step,
+        )
+        folder.write_state("running")
+        return folder.read_changes()
+
+    history = on_main(world, write)
     if learner.averaging is not None:
         for note in learner.averaging.resume(progress.evaluated_step):
             terminal.say(note)
-    facts = {**config.as_dict(), "world": world.size, "git": git_revision()}
-    record.tracker.open(record.folder.path, progress.step, config.wandb, facts)
+    facts = {**config.as_dict(), "world": world.size, "git": git_revision(), "changes": history}
+    record.tracker.open(folder.path, progress.step, config.wandb, facts)
 
 
 def step_sums(plan: Plan, learner: Learner, record: Record, stop: StopRequest, world: World) -> StepSums:

@@ -51,6 +51,10 @@ class Progress:
         self.skipped += max(0, step - self.step)
         self.step = max(step, self.step)
 
+    def forget_scores(self) -> None:
+        """Evaluate again: the scores so far are of another validation set."""
+        self.evaluated_step, self.last, self.train_eval, self.best = 0, {}, {}, {}
+
     def as_dict(self, plan: Plan) -> dict[str, Any]:
         """For a checkpoint; `position` is samples consumed, which no number of ranks or workers changes."""
         return {**asdict(self), "epoch": plan.epoch(self.step), "position": plan.position(self.step)}

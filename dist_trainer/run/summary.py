@@ -8,6 +8,7 @@ from dist_trainer.log.tracker import SCORES
 from dist_trainer.run.advice import keys_to_turn
 from dist_trainer.run.state import Run
 from dist_trainer.run_folder.environment import git_revision
+from dist_trainer.run_folder.identity import Change
 from dist_trainer.tricks.diagnosis import diagnose
 
 
@@ -25,6 +26,7 @@ def finish_run(run: Run, stopped_by: str | None) -> dict[str, Any]:
         "steps": progress.step,
         "epochs": run.plan.epoch(progress.step),
         "skipped": progress.skipped,
+        "changes": record.folder.read_changes() if run.world.is_main else [],
         "final": progress.last,
         "best": progress.best,
         "diagnosis": _diagnosis(run),
@@ -77,6 +79,10 @@ def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
             rows["keys to turn"] = "\n".join(found["turn"])
     seconds = summary["seconds"]
     rows["steps"] = f"{summary['steps']} ({summary['epochs']:g} epochs, {summary['skipped']} skipped)"
+    if changes := summary["changes"]:
+        rows["changed"] = "\n".join(
+            f"from step {each['step']}: {Change(each['key'], each['old'], each['new'])}" for each in changes
+        )
     rows["time"] = (
         f"training {seconds['train']:.1f} s, evaluation {seconds['eval']:.1f} s, saving {seconds['save']:.1f} s"
         f" on {summary['world']} rank{'s' if summary['world'] > 1 else ''}"

@@ -1,14 +1,17 @@
 """The run folder: its layout, and the small files that other programs read."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from dist_trainer.errors import UserError
+from dist_trainer.run_folder import checkpoint
 from dist_trainer.run_folder.environment import describe_environment
+from dist_trainer.run_folder.identity import FREE, Change, changes, flatten, is_fixed, read_identity, row_of
 from dist_trainer.run_folder.owner import Ownership
 from dist_trainer.storage.atomic import replace_text
 
@@ -20,8 +23,7 @@ class RunConfig:
     dir: str = "runs"
     """Where run folders are made."""
     name: str = "auto"
-    """auto: the config's stem and 8 hex digits of everything that changes the result, so that starting again resumes.
-    """
+    """auto: the config's stem and 8 hex digits of what changes the result, so that starting again resumes."""
     timeout: float = 600.0
     """Seconds without progress after which a rank writes the stacks of its threads to stacks/ and ends; ranks that wait
     for another one end a minute later."""
@@ -31,7 +33,7 @@ class RunConfig:
     """The same bits each time on the same devices, with slower kernels; an operation without one ends the run, by name.
     On CPUs runs are deterministic anyway."""
     allow_change: list[str] = field(default_factory=list)
-    """Keys that may differ from those the run folder was started with."""
+    """Keys that may have another value than the run was started with: it goes on with the new one."""
 
 
 class RunFolder:
@@ -69,32 +71,81 @@ class RunFolder:
     def bad_samples(self) -> Path:
         return self.path / "bad_samples.jsonl"
 
+    def standing(self) -> str:
+        """Where the run in it stands, in words."""
+        if not (self.path / "STATE").exists():
+            return "not begun"
+        kept = checkpoint.complete(self.checkpoints)
+        return f"{self.read_state()}, " + (f"at {kept[0].name}" if kept else "no checkpoint yet")
+
     def write_pretrained(self, loaded: dict[str, Any]) -> None:
         """pretrained.json: the source of the initial weights, and every name that did not fit."""
         replace_text(self.path / "pretrained.json", json.dumps(loaded, indent=1) + "\n")
 
-    def write_config(self, config: dict[str, Any], identity: dict[str, Any], allow_change: list[str]) -> list[str]:
-        """Write config.yaml; returns a line per accepted change.
+    def check_identity(self, identity: Mapping[str, Any], allow_change: Collection[str]) -> list[Change]:
+        """The accepted changes of keys that count, none in a new folder.
 
-        Raises UserError listing old -> new when the folder was started with another value of a key that
-        changes the result and `allow_change` does not name it.
+        Raises UserError listing old -> new for a change that `allow_change` does not name, or that no run can make.
         """
-        path = self.path / "identity.json"
-        notes = []
-        if path.exists():
-            old = json.loads(path.read_text())
-            changed = [key for key in sorted({*old, *identity}) if old.get(key) != identity.get(key)]
-            accepted = [key for key in changed if key in allow_change]
-            refused = [f"{key} {old.get(key)!r} -> {identity.get(key)!r}" for key in changed if key not in accepted]
-            if refused:
-                raise UserError(
-                    f"{self.path} was started with other values: {'; '.join(refused)}. Use another --run.name, or "
-                    f"accept with --run.allow_change '{json.dumps(changed)}'"
-                )
-            notes = [f"changed: {key} {old.get(key)!r} -> {identity.get(key)!r}" for key in accepted]
-        replace_text(path, json.dumps(identity, indent=1, sort_keys=True))
-        replace_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        return notes
+        found = read_identity(self.path)
+        if found is None:
+            return []
+        changed = changes(found[0], identity)
+        fixed = [change for change in changed if is_fixed(change.key)]
+        if fixed:
+            raise UserError(
+                f"{self.path} was started with other values, which a run cannot change: {'; '.join(map(str, fixed))}. "
+                f"Use another --run.name; --model.pretrained {self.path} starts from its weights"
+            )
+        refused = [change for change in changed if change.key not in allow_change]
+        if refused:
+            keys = json.dumps([change.key for change in changed])
+            raise UserError(
+                f"{self.path} was started with other values: {'; '.join(map(str, refused))}. Use another --run.name, "
+                f"or accept with --run.allow_change '{keys}'"
+            )
+        return changed
+
+    def free_changes(self, config: Mapping[str, Any]) -> list[Change]:
+        """Keys that may change at every start and have, such as those of evaluation and logging."""
+        try:
+            old = flatten(yaml.safe_load((self.path / "config.yaml").read_text()))
+        except (OSError, yaml.YAMLError, AttributeError):
+            return []
+        return [change for change in changes(old, flatten(config)) if row_of(change.key) == FREE and change.key in old]
+
+    def write_config(
+        self,
+        config: Mapping[str, Any],
+        identity: Mapping[str, Any],
+        *,
+        val_fingerprint: str,
+        changed: Sequence[Change],
+        step: int,
+    ) -> None:
+        """config.yaml, identity.json and, where keys `changed` at `step`, changes.json, which keeps all changes."""
+        history = [*self.read_changes(), *({"step": step, **asdict(change)} for change in changed)]
+        if changed:
+            replace_text(self.path / "changes.json", json.dumps(history, indent=1) + "\n")
+        keys = {**identity, "data.val_fingerprint": val_fingerprint}
+        replace_text(self.path / "identity.json", json.dumps(keys, indent=1, sort_keys=True))
+        header = "".join(
+            f"# from step {each['step']}: {Change(each['key'], each['old'], each['new'])}\n" for each in history
+        )
+        replace_text(self.path / "config.yaml", header + yaml.safe_dump(dict(config), sort_keys=False))
+
+    def read_changes(self) -> list[dict[str, Any]]:
+        """{"step", "key", "old", "new"} of every change of a key that counts, in order."""
+        try:
+            history: list[dict[str, Any]] = json.loads((self.path / "changes.json").read_text())
+            return history
+        except FileNotFoundError:
+            return []
+
+    def read_val_fingerprint(self) -> str | None:
+        """That of the validation set that the run was last scored on; None in a new folder."""
+        found = read_identity(self.path)
+        return found[1] if found is not None else None
 
     def write_environment(self, world_size: int) -> None:
         """env.json: enough to know later what ran."""
@@ -103,6 +154,9 @@ class RunFolder:
     def write_state(self, state: Literal["running", "stopped", "done"]) -> None:
         """STATE: batch scripts decide from it, since exit codes under torchrun are not reliable."""
         replace_text(self.path / "STATE", state + "\n")
+
+    def read_state(self) -> str:
+        return (self.path / "STATE").read_text().strip()
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         replace_text(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")

@@ -48,19 +48,28 @@ class Snapshots:
     validation it knows of; 0 is the start of the run.
     """
 
-    def __init__(self, folder: Path, top_k: int, larger_is_better: bool = True) -> None:
-        """Raises UserError for an index that is damaged."""
+    def __init__(self, folder: Path, top_k: int, larger_is_better: bool = True, *, metric: str | None = None) -> None:
+        """`metric`: the name of the values; snapshots ranked by another one are passed over, and dropped by `resume`.
+
+        Raises UserError for an index that is damaged.
+        """
         self.folder = folder
-        self._top_k = top_k
+        self._top_k, self._metric = top_k, metric
         self._sign = 1.0 if larger_is_better else -1.0
         self._all: list[Snapshot] = []
         self._checkpoints: list[int] = []
+        self.former_metric: str | None = None
+        """That of the snapshots that were passed over."""
         try:
             index = json.loads((folder / INDEX).read_text())
             if index["version"] != VERSION:
                 raise UserError(f"{folder / INDEX}: format {index['version']}, this program reads {VERSION}")
-            self._all = [Snapshot(**each) for each in index["snapshots"]]
-            self._checkpoints = index["checkpoints"]
+            ranked_by = index.get("metric")  # not written before metrics could change
+            if None not in (metric, ranked_by) and metric != ranked_by:
+                self.former_metric = ranked_by
+            else:
+                self._all = [Snapshot(**each) for each in index["snapshots"]]
+                self._checkpoints = index["checkpoints"]
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError) as error:
@@ -172,6 +181,7 @@ class Snapshots:
         named = [each for each in snapshots if needed(each)]
         index: dict[str, Any] = {
             "version": VERSION,
+            "metric": self._metric,
             "checkpoints": checkpoints,
             "snapshots": [asdict(e) for e in named],
         }

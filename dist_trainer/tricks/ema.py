@@ -113,6 +113,10 @@ class Ema:
         if weight is not None:
             self.statistics.lerp_(statistics, weight)
 
+    def begin_after(self, num_updates: int) -> None:
+        """Resume without an average of those updates: it begins now, as a copy of the weights, or at its start."""
+        self.num_updates = self._num_followed = num_updates
+
     def load(self, weights: State, statistics: torch.Tensor, num_updates: int) -> None:
         """Resume from a checkpoint: this rank's share of the weights, and the statistics."""
         for name, value in self.weights.items():

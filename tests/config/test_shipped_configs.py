@@ -34,7 +34,7 @@ def test_each_config_says_what_it_is_and_plans(path: Path) -> None:
     assert f"configs/imagenet/{path.name}" in head[1]
     assert any(line.startswith("# Hardware") for line in head)
     config, _ = parse_config(new_parser("plan", ""), [str(path)])
-    figures = plan_figures(config, gpus=8, num_samples=IMAGENET)
+    figures = plan_figures(config, "run", gpus=8, num_samples=IMAGENET)
     assert figures["efficiency"] == 1.0
     epochs = float(config.duration.removesuffix("ep"))
     assert figures["total_steps"] == pytest.approx(epochs * IMAGENET / config.batch.global_batch, rel=5e-3)

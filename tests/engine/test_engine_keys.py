@@ -18,15 +18,11 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from training import NUM_SLOTS, alone, build, micro_batch, train
 
-from dist_trainer.config.tree import TrainConfig
-from dist_trainer.data.config import DataConfig
 from dist_trainer.engine.base import EngineConfig
 from dist_trainer.engine.numerics import naming_operations, set_numerics
 from dist_trainer.errors import UserError
 from dist_trainer.models import ModelConfig, build_model
 from dist_trainer.plan import BatchConfig, Duration, make_plan
-from dist_trainer.run_folder.folder import RunConfig
-from dist_trainer.run_folder.identity import identity
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.gradient_checkpointing import checkpoint_blocks
 from dist_trainer.tricks.precise_bn import re_estimate
@@ -327,20 +323,3 @@ def test_an_operation_without_deterministic_kernel_is_named() -> None:
             torch.zeros(3) + torch.zeros(4)
     finally:
         set_numerics(False)
-
-
-# What names a run
-
-
-def test_how_numbers_are_computed_does_not_name_a_run_but_what_is_computed_does() -> None:
-    """As with the ZeRO stage. Fails when a run that is resumed compiled counts as another."""
-
-    def what(**config: Any) -> dict[str, Any]:
-        return identity(TrainConfig(data=DataConfig(train="a", val="b"), **config).as_dict(), "")
-
-    same = what(
-        engine=EngineConfig(compile=True, gradient_checkpointing=True, zero=2), run=RunConfig(deterministic=True)
-    )
-    assert same == what()
-    for model in (ModelConfig(sync_bn=True), ModelConfig(dropout=0.1), ModelConfig(drop_path=0.1)):
-        assert what(model=model) != what()

@@ -5,83 +5,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from helpers import message
 
-from dist_trainer.by_name import Named
 from dist_trainer.config.tree import TrainConfig
-from dist_trainer.data.augment import AugmentConfig
 from dist_trainer.data.stream import DataConfig
-from dist_trainer.engine.base import EngineConfig
 from dist_trainer.errors import UserError
 from dist_trainer.log.metrics_file import MetricsFile
-from dist_trainer.log.tracker import LogConfig
-from dist_trainer.log.wandb_run import WandbConfig
-from dist_trainer.models import ModelConfig
-from dist_trainer.plan import BatchConfig
-from dist_trainer.run_folder.checkpoint import CheckpointConfig
-from dist_trainer.run_folder.folder import RunConfig, RunFolder
-from dist_trainer.run_folder.identity import auto_name, identity
-from dist_trainer.tricks.learning_rate import LearningRateConfig, WarmupConfig
-from dist_trainer.tricks.losses import LossConfig
-from dist_trainer.tricks.optimizers import OptimizerConfig
+from dist_trainer.run_folder.folder import RunFolder
+from dist_trainer.run_folder.identity import identity
 
 CONFIG = TrainConfig(data=DataConfig(train="tars/train", val="tars/val"))
-
-
-def name_of(config: TrainConfig, fingerprint: str = "abc") -> str:
-    return auto_name("stem", identity(config.as_dict(), fingerprint))
-
-
-# The name
-
-
-def test_the_automatic_name_ignores_where_things_are_and_how_they_are_spread() -> None:
-    """Fails when a path, the number of workers, a retention rule, W&B or the ZeRO stage enters the name."""
-    data = CONFIG.data
-    same = [
-        replace(CONFIG, data=replace(data, train="/elsewhere/train")),
-        replace(CONFIG, data=replace(data, val="/elsewhere/val")),
-        replace(CONFIG, data=replace(data, workers=7)),
-        replace(CONFIG, run=RunConfig(dir="/elsewhere")),
-        replace(CONFIG, run=RunConfig(name="mine")),
-        replace(CONFIG, run=RunConfig(allow_change=["duration"])),
-        replace(CONFIG, wandb=WandbConfig(mode="disabled", project="other", entity="us")),
-        replace(CONFIG, checkpoint=CheckpointConfig(every="7step", keep_last=5)),
-        replace(CONFIG, log=LogConfig(every="1step")),
-        replace(CONFIG, engine=EngineConfig(zero=2)),
-        replace(CONFIG, engine=EngineConfig(backend="torch")),
-    ]
-    assert {name_of(config) for config in same} == {name_of(CONFIG)}
-
-
-def test_the_automatic_name_changes_with_all_that_changes_the_result() -> None:
-    """A stem and eight hex digits, different for each. Fails when a key of a nested list or of `args` is left out."""
-    other = [
-        replace(CONFIG, data=replace(CONFIG.data, order="full")),
-        replace(CONFIG, data=replace(CONFIG.data, mean=[0.5, 0.5, 0.5])),
-        replace(CONFIG, run=RunConfig(seed=1)),
-        replace(CONFIG, augment=AugmentConfig(flip=0.1)),
-        replace(CONFIG, augment=AugmentConfig(transforms=[Named(name="RandomRotation", args={"degrees": 30})])),
-        replace(CONFIG, augment=AugmentConfig(transforms=[Named(name="RandomRotation", args={"degrees": 31})])),
-        replace(CONFIG, model=ModelConfig(name="timm/resnet18")),
-        replace(CONFIG, model=ModelConfig(args={"zero_init_residual": True})),
-        replace(CONFIG, batch=BatchConfig(micro_batch=16)),
-        replace(CONFIG, duration="91ep"),
-        replace(CONFIG, optimizer=OptimizerConfig(args={"momentum": 0.8})),
-        replace(CONFIG, lr=LearningRateConfig(warmup=WarmupConfig(duration="5ep"))),
-        replace(CONFIG, loss=LossConfig(label_smoothing=0.1)),
-        replace(CONFIG, engine=EngineConfig(precision="fp32")),
-        replace(CONFIG, engine=EngineConfig(clip_grad_norm=1.0)),
-    ]
-    names = [name_of(CONFIG), name_of(CONFIG, fingerprint="abd"), *(name_of(config) for config in other)]
-    assert len(set(names)) == len(names)
-    assert all(name.startswith("stem-") and len(name) == 13 for name in names)
-    assert all(int(name[5:], 16) >= 0 for name in names)
 
 
 # The owner
@@ -204,37 +141,58 @@ def test_a_folder_that_cannot_be_made_is_refused_by_key(tmp_path: Path) -> None:
 
 
 def test_a_changed_config_is_refused_with_old_and_new_values(tmp_path: Path) -> None:
-    """Unless every changed key is allowed, which is noted; then the new values are those to differ from.
+    """Unless every changed key is allowed; then the new values are those to differ from. Nothing is written before.
 
     Fails when a refused change is written, when only added keys are seen, or when one allowed key allows all.
     """
     folder = RunFolder(tmp_path)
-    old = {"lr.base": 0.1, "duration": "90ep", "gone": 1}
-    new = {"lr.base": 0.2, "duration": "100ep", "gone": 1}
-    assert folder.write_config({"lr": {"base": 0.1}}, old, []) == []
-    assert folder.write_config({"lr": {"base": 0.1}}, old, []) == []
+    old = {"data.fingerprint": "abc", "lr.base": 0.1, "gone": 1}
+    new = {"data.fingerprint": "abc", "lr.base": 0.2, "duration": "100ep", "gone": 1}
+    assert folder.check_identity(old, []) == []
+    folder.write_config({"lr": {"base": 0.1}}, old, val_fingerprint="v", changed=[], step=0)
+    assert folder.check_identity(old, []) == []
     with pytest.raises(UserError) as caught:
-        folder.write_config({"lr": {"base": 0.2}}, new, ["duration"])
+        folder.check_identity(new, ["duration"])
     text = message(caught)
     assert "lr.base 0.1 -> 0.2" in text
     assert "duration '90ep' -> '100ep'" not in text
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"lr": {"base": 0.1}}
     offered = json.loads(text.partition("--run.allow_change '")[2].rstrip("'"))
     assert offered == ["duration", "lr.base"]
-    notes = folder.write_config({"lr": {"base": 0.2}}, new, offered)
-    assert notes == ["changed: duration '90ep' -> '100ep'", "changed: lr.base 0.1 -> 0.2"]
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"lr": {"base": 0.2}}
-    assert folder.write_config({"lr": {"base": 0.2}}, new, []) == []
+    changed = folder.check_identity(new, offered)
+    assert list(map(str, changed)) == ["duration '90ep' -> '100ep'", "lr.base 0.1 -> 0.2"]
+    folder.write_config({"lr": {"base": 0.2}}, new, val_fingerprint="v", changed=changed, step=7)
+    text = (tmp_path / "config.yaml").read_text()
+    assert text.startswith("# from step 7: duration '90ep' -> '100ep'\n# from step 7: lr.base 0.1 -> 0.2\n")
+    assert yaml.safe_load(text) == {"lr": {"base": 0.2}}
+    assert folder.read_changes() == [
+        {"step": 7, "key": "duration", "old": "90ep", "new": "100ep"},
+        {"step": 7, "key": "lr.base", "old": 0.1, "new": 0.2},
+    ]
+    assert folder.check_identity(new, []) == []
     with pytest.raises(UserError) as caught:
-        folder.write_config({}, {"lr.base": 0.2, "duration": "100ep"}, [])
+        folder.check_identity({key: new[key] for key in new if key != "gone"}, [])
     assert "gone 1 -> None" in message(caught)
+
+
+def test_what_no_run_can_change_is_refused_even_if_it_is_allowed(tmp_path: Path) -> None:
+    """Mutation: run.allow_change lets a checkpoint of another batch through."""
+    folder = RunFolder(tmp_path)
+    keys = {"data.fingerprint": "abc"}
+    folder.write_config({}, keys, val_fingerprint="v", changed=[], step=0)
+    with pytest.raises(UserError) as caught:
+        folder.check_identity({**keys, "batch.global_batch": 64}, ["batch.global_batch"])
+    assert "batch.global_batch 256 -> 64" in message(caught)
+    assert "allow_change" not in message(caught)
 
 
 def test_the_written_config_makes_the_same_config_again(tmp_path: Path) -> None:
     """config.yaml repeats the run. Fails when a tuple or a nested dataclass is written as a Python object."""
     folder = RunFolder(tmp_path)
-    folder.write_config(CONFIG.as_dict(), identity(CONFIG.as_dict(), "abc"), [])
+    keys = identity(CONFIG.as_dict(), "abc")
+    folder.write_config(CONFIG.as_dict(), keys, val_fingerprint="v", changed=[], step=0)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == CONFIG.as_dict()
+    assert folder.read_val_fingerprint() == "v"
 
 
 # STATE, summary, metrics, environment
