@@ -17,6 +17,7 @@ from dist_trainer.run.advice import num_parameters, warnings
 from dist_trainer.run.blueprint import make_blueprint
 from dist_trainer.run.data import open_data
 from dist_trainer.run.start import choose_folder
+from dist_trainer.run.start_from import find_source
 from dist_trainer.run_folder.folder import RunFolder
 from dist_trainer.run_folder.identity import identity
 from dist_trainer.storage.storage import Storage
@@ -68,6 +69,7 @@ def plan_figures(
     plan, rate = blueprint.plan, blueprint.learning_rate
     groups = blueprint.optimizer.param_groups
     fine_tuning = {}
+    find_source(config)
     if config.model.pretrained:
         find_pretrained(config.model, Storage(config.data.storage_options, config.data.retry))
         fine_tuning["lr_advised"] = advised_rate(plan.num_samples)

@@ -33,7 +33,7 @@ def warnings(config: TrainConfig, parts: Blueprint, num_classes: int) -> list[st
             f"augment.crop.grow: until {crop.grow[1]} is too late: the last epoch trains at {size} pixels, not at "
             f"augment.crop.size, {crop.size}"
         )
-    if not config.model.pretrained:
+    if not config.model.pretrained and not config.run.start_from:
         if config.model.freeze:
             lines.append("model.freeze: what is frozen stays at random values; set model.pretrained")
         if config.optimizer.layer_decay < 1:

@@ -1,19 +1,18 @@
 """Claiming a run folder: at the start, with the initial weights, or at its newest checkpoint."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from dist_trainer.config.tree import TrainConfig
-from dist_trainer.data.config import DataConfig
 from dist_trainer.distributed.collectives import on_main
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import UserError
 from dist_trainer.log.console import Terminal
-from dist_trainer.models import ModelConfig
 from dist_trainer.models.pretrained import LoadReport, load_pretrained
+from dist_trainer.run.start_from import Source, find_source
 from dist_trainer.run_folder import checkpoint
 from dist_trainer.run_folder.folder import RunFolder
 from dist_trainer.run_folder.identity import Change
@@ -30,6 +29,8 @@ class Claim:
     """The checkpoint to resume from; None at the start."""
     changed: list[Change]
     """Keys of the training result that have other values from here on (run.allow_change)."""
+    source: Source | None
+    """What a run without a checkpoint begins with, whose weights are in the model already; None: its own weights."""
     scored_on: str | None
     """The fingerprint of the validation set that the run was last started with; None in a new folder."""
 
@@ -45,24 +46,36 @@ def claim_or_initialise(
 ) -> Claim:
     """`claim_folder`; a run without checkpoints also loads the configured initial weights, if any (collective)."""
     has_checkpoints = on_main(world, lambda: bool(checkpoint.complete(folder.checkpoints)))
-    report = None
+    initial = None
     if not has_checkpoints:  # before the claim, so that a mistake leaves no folder
-        report = load_initial_weights(config.model, config.data, model, world)
+        initial = load_initial_weights(config, model, world)
     claim = claim_folder(config, folder=folder, identity_keys=identity_keys, world=world, terminal=terminal)
     if has_checkpoints and not claim.is_complete and claim.checkpoint is None:  # they turned out damaged
-        report = load_initial_weights(config.model, config.data, model, world)
-    if report is not None:
-        for line in report.lines():
+        initial = load_initial_weights(config, model, world)
+    if isinstance(initial, LoadReport):
+        for line in initial.lines():
             terminal.say(line)
-        on_main(world, lambda: folder.write_pretrained(asdict(report)))
+        on_main(world, lambda: folder.write_pretrained(asdict(initial)))
+    if isinstance(initial, Source):
+        terminal.say(f"starting with {initial}")
+        return replace(claim, source=initial)
     return claim
 
 
-def load_initial_weights(config: ModelConfig, data: DataConfig, model: nn.Module, world: World) -> LoadReport | None:
-    """Load the weights that model.pretrained names, if any, into the model (collective)."""
-    if not config.pretrained:
-        return None
-    return load_pretrained(config, Storage(data.storage_options, data.retry), model, world)
+def load_initial_weights(config: TrainConfig, model: nn.Module, world: World) -> LoadReport | Source | None:
+    """Load the weights that model.pretrained or run.start_from names, if any, into the model (collective)."""
+    if config.model.pretrained and not config.run.start_from:
+        data = config.data
+        return load_pretrained(config.model, Storage(data.storage_options, data.retry), model, world)
+    source = None
+    if found := on_main(world, lambda: as_json(find_source(config))):
+        source = Source(Path(found["checkpoint"]), found["with_optimizer"])
+        checkpoint.load_into(model, checkpoint.load_tensors(source.checkpoint, "model"), f"run.start_from: {source}")
+    return source
+
+
+def as_json(source: Source | None) -> dict[str, Any]:
+    return {} if source is None else {**asdict(source), "checkpoint": str(source.checkpoint)}
 
 
 def claim_folder(
@@ -101,5 +114,6 @@ def claim_folder(
         is_complete=found["is_complete"],
         checkpoint=Path(found["checkpoint"]) if found["checkpoint"] else None,
         changed=[Change(**change) for change in found["changed"]],
+        source=None,
         scored_on=found["scored_on"],
     )

@@ -28,6 +28,7 @@ from dist_trainer.run.blueprint import Blueprint, make_blueprint
 from dist_trainer.run.claim import Claim, claim_or_initialise
 from dist_trainer.run.data import RunData, Streams, open_data, open_streams
 from dist_trainer.run.restore import load_model, restore
+from dist_trainer.run.start_from import load_optimizer
 from dist_trainer.run.state import Learner, Progress, Record, Run
 from dist_trainer.run.step_sums import StepSums
 from dist_trainer.run.weights import Weights
@@ -114,6 +115,8 @@ def build_run(
         scored_on = saved.state.get("val_fingerprint", claim.scored_on)
         if scored_on != prepared.data.val_fingerprint:
             forget_scores(progress, learner, terminal)
+    elif claim.source is not None and claim.source.with_optimizer:
+        load_optimizer(claim.source, learner)
     open_logs(prepared, config=config, learner=learner, record=record, progress=progress, world=world)
     progress.skip_to(resume_after)
     return Run(

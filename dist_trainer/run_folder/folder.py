@@ -32,6 +32,9 @@ class RunConfig:
     deterministic: bool = False
     """The same bits each time on the same devices, with slower kernels; an operation without one ends the run, by name.
     On CPUs runs are deterministic anyway."""
+    start_from: str | None = None
+    """A new run begins with another one's weights: RUN or RUN@STEP, a folder or a name in run.dir; RUN+optimizer: with
+    its momentum and moving average too. The rate and the order of samples begin anew."""
     allow_change: list[str] = field(default_factory=list)
     """Keys that may have another value than the run was started with: it goes on with the new one."""
 
@@ -95,7 +98,7 @@ class RunFolder:
         if fixed:
             raise UserError(
                 f"{self.path} was started with other values, which a run cannot change: {'; '.join(map(str, fixed))}. "
-                f"Use another --run.name; --model.pretrained {self.path} starts from its weights"
+                f"Use another --run.name; --run.start_from {self.path} begins with its weights"
             )
         refused = [change for change in changed if change.key not in allow_change]
         if refused:

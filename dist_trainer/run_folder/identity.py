@@ -134,6 +134,7 @@ KEYS: dict[str, First | str] = {
     "run.dir": PLACE,
     "run.name": PLACE,
     "run.seed": First(0, fixed=True),
+    "run.start_from": First(None, fixed=True),
     "run.timeout": PLACE,
     "wandb.entity": PLACE,
     "wandb.mode": PLACE,

@@ -251,3 +251,54 @@ def test_plan_says_which_run_and_where_it_stands(here: Path, capsys: pytest.Capt
     said = " ".join(capsys.readouterr().out.split())
     assert "not begun" in said
     assert f"to continue runs/{OLD} with other values (duration '16step' -> '8step')" in said
+
+
+# A new run with another one's weights
+
+
+def test_a_run_begins_with_the_weights_of_another_and_its_momentum_if_asked(train: Any, here: Path) -> None:
+    """One step each, from the same weights on the same samples, so with the same gradient g. SGD's momentum is then g,
+    or 0.9 old + g; the average is 0.9 of the weights, or of the old average, + 0.1 of the new weights.
+
+    Mutations: load the initial weights; load no momentum, or always; the average begins with the weights always.
+    """
+    train(*SHORT, "--run.dir=a", "--checkpoint.every=2step", "--checkpoint.keep_last=2")
+    (source,) = (here / "a").iterdir()
+    argv = ["--duration=1step", "--lr.schedule.name=constant", "--lr.warmup.duration=0ep", "--run.seed=5"]
+    said = train(*argv, "--run.dir=b", f"--run.start_from=a/{source.name}")
+    assert f"starting with weights of a/{source.name}/checkpoints/step_00000004" in said
+    said = train(*argv, "--run.dir=c", f"--run.start_from=a/{source.name}@4+optimizer")
+    assert f"starting with weights, momentum and EMA of a/{source.name}/checkpoints/step_00000004" in said
+    (plain,), (whole,) = (here / "b").iterdir(), (here / "c").iterdir()
+    for name, old in tensors(source, "optim").items():
+        difference = tensors(whole, "optim")[name] - tensors(plain, "optim")[name]
+        torch.testing.assert_close(difference, 0.9 * old, rtol=1e-4, atol=1e-6)
+    weights, average = tensors(source), tensors(source, "ema")
+    for name in (name for name in weights if name.endswith("weight")):
+        torch.testing.assert_close(
+            tensors(plain, "ema")[name], 0.9 * weights[name] + 0.1 * tensors(plain)[name], rtol=1e-4, atol=1e-6
+        )
+        torch.testing.assert_close(
+            tensors(whole, "ema")[name], 0.9 * average[name] + 0.1 * tensors(whole)[name], rtol=1e-4, atol=1e-6
+        )
+    said = train(*argv, "--run.dir=a", f"--run.start_from={source.name}@2")
+    assert f"starting with weights of a/{source.name}/checkpoints/step_00000002" in said
+    assert ": complete" in train(*argv, "--run.dir=a", f"--run.start_from={source.name}@2")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["nowhere"], "run.start_from: nowhere: no run folder with checkpoints, here or in new"),
+        ([f"runs/{OLD}@9"], f"run.start_from: runs/{OLD} has no checkpoint of step 9; it has 8, 10"),
+        ([f"runs/{OLD}", "--model.pretrained=x"], "run.start_from: model.pretrained names initial weights too"),
+        ([f"runs/{OLD}+optimizer", "--optimizer.name=sgdw"], f"the optimizer of runs/{OLD} is sgd, and"),
+        ([f"runs/{OLD}", "--model.args.stem_width=8"], "step_00000010: does not fit the model ("),
+    ],
+)  # fmt: skip
+def test_what_a_run_cannot_begin_with_is_refused(train: Any, here: Path, argv: list[str], said: str) -> None:
+    """One line, and no folder is left. Mutation: claim the folder first."""
+    line = train("--run.dir=new", f"--run.start_from={argv[0]}", *argv[1:])
+    assert "refused: " in line
+    assert said in line.partition("refused: ")[2]
+    assert not (here / "new").exists()
