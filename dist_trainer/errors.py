@@ -28,6 +28,12 @@ def some(names: Iterable[object], limit: int = 3) -> str:
     return ", ".join(listed[:limit]) + (" ..." if len(listed) > limit else "")
 
 
+def plural(number: float, noun: str) -> str:
+    """`1 rank`, `2,000 ranks`; `1 class`, `2.5 classes`."""
+    figure = f"{number:,}" if isinstance(number, int) else f"{number:,g}"
+    return f"{figure} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
 def first_line(error: Exception) -> str:
     """The first line of another library's exception, for a message of one line."""
     return str(error).strip().partition("\n")[0]

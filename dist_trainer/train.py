@@ -64,7 +64,7 @@ def train_step(run: Run, step: int, batches: Iterator[Batch]) -> None:
         run.progress.count(applied)
 
 
-def training_metrics(run: Run) -> dict[str, float | int]:
+def training_metrics(run: Run) -> dict[str, float | int | None]:
     """Metrics since the last call, by their documented names (log/tracker.py)."""
     learner, progress = run.learner, run.progress
     return {

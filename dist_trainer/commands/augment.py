@@ -12,7 +12,7 @@ from dist_trainer.data.batch import EvalAddress
 from dist_trainer.data.samples import EvalSamples, FixedTrainSamples, choose_samples
 from dist_trainer.distributed.world import alone
 from dist_trainer.engine.evaluate import center_crop
-from dist_trainer.errors import UserError
+from dist_trainer.errors import UserError, plural
 from dist_trainer.log.console import Terminal
 from dist_trainer.run.blueprint import make_blueprint
 from dist_trainer.run.data import open_data
@@ -63,7 +63,7 @@ def augment_grid(config: TrainConfig, num_samples: int, out: Path) -> str:
         kind = "" if not mixed else (" CutMix" if mix.box else " Mixup")  # type: ignore[union-attr]
         titles.append(f"epoch {blueprint.augment.epoch(step)}{kind}")
     _draw(columns, titles, [index.class_names[label] for label in before.labels.tolist()]).save(out)
-    return f"{out}: {num_samples} samples, as evaluation prepares them and in {len(steps)} epochs"
+    return f"{out}: {plural(num_samples, 'sample')}, as evaluation prepares them and in {plural(len(steps), 'epoch')}"
 
 
 def _draw(columns: list[torch.Tensor], titles: list[str], labels: list[str]) -> Image.Image:

@@ -9,7 +9,7 @@ from dist_trainer.config.tree import TrainConfig
 from dist_trainer.distributed.collectives import on_main
 from dist_trainer.distributed.world import World
 from dist_trainer.engine.evaluate import EvalResult
-from dist_trainer.errors import UserError
+from dist_trainer.errors import UserError, plural
 from dist_trainer.log.console import Terminal
 from dist_trainer.run.blueprint import build_augment, plan_run
 from dist_trainer.run.data import bn_sample_stream
@@ -41,6 +41,9 @@ def command(argv: list[str]) -> int:
     files = choose(run, top_k=values.top_k, last=values.last, files=[Path(file) for file in values.files])
     out = Path(values.out) if values.out is not None else run / "average.safetensors"
     with ranks() as (world, terminal):
+        if (wanted := values.last or values.top_k or 0) > len(files):
+            kind, key = ("checkpoint", "checkpoint.keep_last") if values.last else ("snapshot", "averaging.top_k")
+            terminal.say(f"{run} has {plural(len(files), kind)}, not {wanted} ({key} says how many are kept)")
         done = average_files(config, files, out, greedy=values.greedy, world=world, terminal=terminal)
         final = done.scores.get("average_bn", done.scores["average"])
         gain = final.correct1 - done.scores[done.best_member].correct1

@@ -9,7 +9,7 @@ from dist_trainer.config.arguments import new_parser, parse_config, stem
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.distributed.world import alone, devices
-from dist_trainer.errors import UserError, nearest
+from dist_trainer.errors import UserError, nearest, plural
 from dist_trainer.log.console import Terminal
 from dist_trainer.models.pretrained import advised_rate, find_pretrained
 from dist_trainer.plan import largest_world, num_slots
@@ -108,7 +108,7 @@ def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         better = max(w for w in f["full_worlds"] if w <= f["world"])
         lines.append(
             f"warning: {f['world']} ranks share {f['micro_batches_per_step']} micro-batches unevenly: "
-            f"{1 - f['efficiency']:.0%} of the forwards do not count; {better} ranks divide them"
+            f"{1 - f['efficiency']:.0%} of the forwards do not count; {plural(better, 'rank')} do it evenly"
         )
     if f.get("similar_run"):
         lines.append(f["similar_run"])
@@ -117,14 +117,17 @@ def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         **({"run": f"{f['run']}: {f['stands']}"} if "run" in f else {}),
         "model": f"{f['parameters']:,} parameters{f', {frozen:,} frozen' if frozen else ''}, {f['decayed']:,} with "
         "weight decay",
-        "world": f"{f['world']} ranks (legal: {f['legal_worlds']}; even: {', '.join(map(str, f['full_worlds']))})",
-        "step": f"{f['global_batch']} samples = {f['micro_batches_per_step']} micro-batches of {f['micro_batch']}; "
-        f"{f['forwards_per_rank']} forward{'s' if f['forwards_per_rank'] > 1 else ''} per rank, "
+        "world": f"{plural(f['world'], 'rank')} (legal: {f['legal_worlds']}; even: "
+        f"{', '.join(map(str, f['full_worlds']))})",
+        "step": f"{plural(f['global_batch'], 'sample')} = {plural(f['micro_batches_per_step'], 'micro-batch')} of "
+        f"{f['micro_batch']}; "
+        f"{plural(f['forwards_per_rank'], 'forward')} per rank, "
         f"{f['efficiency']:.0%} efficient",
-        "epoch": f"{f['num_samples']:,} samples = {f['steps_per_epoch']:,g} steps, "
-        f"{f['samples_in_last_step']} samples in the last",
-        "length": f"{f['total_steps']:,} steps",
-        "learning rate": f"{f['lr_first']:g} at step 0, {f['lr_peak']:g} after {f['warmup_steps']:,} steps of warm-up, "
+        "epoch": f"{plural(f['num_samples'], 'sample')} = {plural(f['steps_per_epoch'], 'step')}, "
+        f"{plural(f['samples_in_last_step'], 'sample')} in the last",
+        "length": plural(f["total_steps"], "step"),
+        "learning rate": f"{f['lr_first']:g} at step 0, {f['lr_peak']:g} after "
+        f"{plural(f['warmup_steps'], 'step')} of warm-up, "
         f"{f['lr_last']:.3g} at the last"
         + (f"; {f['lr_scale_least']:.2g} of it in the first layer" if f["lr_scale_least"] < 1 else ""),
     }

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dist_trainer.config.arguments import Parser, new_parser, parse
 from dist_trainer.distributed.processes import cores
-from dist_trainer.errors import UserError
+from dist_trainer.errors import UserError, plural
 from dist_trainer.storage.storage import refuse_secrets
 
 
@@ -64,7 +64,7 @@ def _pack(argv: list[str]) -> int:
                 done += samples
         ignored = f", {source.num_ignored:,} other files ignored" if source.num_ignored else ""
         rate = f"{done / max(time.monotonic() - began, 1e-3):,.0f} images/s"
-        print(f"{out}: {len(source):,} samples, {len(source.class_names)} classes{ignored}, {rate}")
+        print(f"{out}: {plural(len(source), 'sample')}, {plural(len(source.class_names), 'class')}{ignored}, {rate}")
     return 0
 
 
@@ -136,7 +136,8 @@ def _check(argv: list[str]) -> int:
             raise UserError(f"--json: {values.json}: {error.strerror or error}") from None
     state = f"{len(found):,} bad" if found else "all good"
     known = f"; {len(index.problems):,} more were bad when they were indexed" if index.problems else ""
-    print(f"{values.location}: {len(index):,} samples, {len(index.shards):,} shards, {values.level}: {state}{known}")
+    size = f"{plural(len(index), 'sample')}, {plural(len(index.shards), 'shard')}"
+    print(f"{values.location}: {size}, {values.level}: {state}{known}")
     return 1 if found else 0
 
 

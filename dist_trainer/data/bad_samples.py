@@ -12,6 +12,7 @@ import numpy as np
 
 from dist_trainer.data.index import BAD, ShardIndex
 from dist_trainer.data.read import Bad
+from dist_trainer.errors import plural
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ class BadSampleLog:
         if len(counted) <= self.limit:
             return None
         return (
-            f"{len(counted)} bad samples, over the budget of {self.limit} (data.max_bad): {self.summary(counted)}. "
-            f"Run: dist-trainer shards check {self._index.location}, and repair the shards, or continue with "
-            f"--data.max_bad {2 * len(counted)}"
+            f"{plural(len(counted), 'bad sample')}, over the budget of {self.limit} (data.max_bad): "
+            f"{self.summary(counted)}. Run: dist-trainer shards check {self._index.location}, and repair the shards, "
+            f"or continue with --data.max_bad {2 * len(counted)}"
         )
 
     @staticmethod
@@ -114,7 +115,7 @@ class BadSampleLog:
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(bad.kind for bad in samples).most_common())
         shards = Counter(bad.shard for bad in samples).most_common()
         named = ", ".join(f"{shard} ({count})" for shard, count in shards[:3])
-        return f"{kinds}; {named}" + (f" and {len(shards) - 3} more shards" if len(shards) > 3 else "")
+        return f"{kinds}; {named}" + (f" and {plural(len(shards) - 3, 'more shard')}" if len(shards) > 3 else "")
 
     def state(self) -> list[dict[str, Any]]:
         """For a checkpoint."""

@@ -15,6 +15,8 @@ class EvalAddress:
     number: int
     size: int
     ghost: bool = False
+    step: int | None = None
+    """The training step whose crop size and ramps hold, where samples are augmented."""
 
 
 @dataclass(frozen=True)

@@ -323,7 +323,7 @@ def choose_samples(index: ShardIndex, num_samples: int, seed: int) -> np.ndarray
 
 
 class FixedTrainSamples(_Augmented):
-    """Training samples `chosen` (ids, int64 [n]) in batches, augmented as at one step."""
+    """Training samples `chosen` (ids, int64 [n]) in batches, drawn as at one step; size and ramps are the address's."""
 
     def __init__(self, index: ShardIndex, augment: Augment, config: DataConfig, chosen: np.ndarray, step: int) -> None:
         super().__init__(index, augment, config, in_blocks=False)
@@ -335,4 +335,4 @@ class FixedTrainSamples(_Augmented):
         return ids, np.ones(len(ids), bool), self._augment.keys(epochs, ids, 0)
 
     def _step(self, address: EvalAddress) -> int:
-        return self._at
+        return self._at if address.step is None else address.step

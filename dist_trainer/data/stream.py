@@ -168,19 +168,20 @@ class TrainStream:
             yield step, (next(batches) for _ in range(self._plan.forwards))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _EvalAddresses:
     """Batches r, r + W, r + 2W, ... of one rank; as many on every rank, the surplus ones ghosts."""
 
     num_batches: int
     size: int
     world: World
+    step: int | None = None
 
     def __iter__(self) -> Iterator[EvalAddress]:
         for first in range(0, self.num_batches, self.world.size):
             number = first + self.world.rank
             ghost = number >= self.num_batches
-            yield EvalAddress(self.num_batches - 1 if ghost else number, self.size, ghost)
+            yield EvalAddress(self.num_batches - 1 if ghost else number, self.size, ghost, self.step)
 
 
 class _FixedBatches:
@@ -188,8 +189,8 @@ class _FixedBatches:
 
     def __init__(self, samples: Dataset[Batch], num_batches: int, size: int, config: DataConfig, world: World) -> None:
         self._device = world.device
-        addresses = _EvalAddresses(num_batches, size, world)
-        self._loader: DataLoader[Batch] | None = _loader(samples, addresses, num_workers(config, world), world)
+        self._addresses = _EvalAddresses(num_batches, size, world)
+        self._loader: DataLoader[Batch] | None = _loader(samples, self._addresses, num_workers(config, world), world)
 
     def __iter__(self) -> Iterator[Batch]:
         """As many batches on every rank, surplus ones as ghosts. Raises LocalError for one that could not be made."""
@@ -239,3 +240,8 @@ class FixedSampleStream(_FixedBatches):
             else EvalSamples(index, config, transform, chosen)
         )
         super().__init__(samples, num_batches, size, config, world)
+
+    def at(self, step: int) -> Iterator[Batch]:
+        """The same draws, with the crop size and the ramps of this training step."""
+        self._addresses.step = step
+        return iter(self)

@@ -14,7 +14,7 @@ from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.stream import EvalStream
 from dist_trainer.distributed.collectives import gather_json
 from dist_trainer.engine.inference import Inference
-from dist_trainer.errors import UserError
+from dist_trainer.errors import UserError, plural
 from dist_trainer.log.console import Terminal
 
 
@@ -120,8 +120,8 @@ def report_bad(
     if listing is not None:
         log.write(listing, log.add(result.bad))
     line = (
-        f"{len(result.bad)} bad validation samples of {result.num_samples}: {BadSampleLog.summary(result.bad)}. "
-        f"Run: dist-trainer shards check {index.location}"
+        f"{plural(len(result.bad), 'bad validation sample')} of {result.num_samples}: "
+        f"{BadSampleLog.summary(result.bad)}. Run: dist-trainer shards check {index.location}"
     )
     if config.bad == "fail":
         raise UserError(f"eval.bad: fail: {line}")

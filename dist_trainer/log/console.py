@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dist_trainer.log.metrics_file import Metrics
+
 
 class Terminal:
     """Silent unless `active` (rank 0)."""
@@ -34,10 +36,11 @@ class Terminal:
             self._task = self._progress.add_task("train", total=total_steps, completed=step, epoch=0.0, text="")
             self._progress.start()
 
-    def train_line(self, step: int, total_steps: int, metrics: dict[str, float | int]) -> None:
+    def train_line(self, step: int, total_steps: int, metrics: Metrics) -> None:
         """Metrics of one log interval, by their documented names."""
+        loss = metrics["train/loss"]
         text = (
-            f"loss {metrics['train/loss']:.4f}  lr {metrics['train/lr']:.4f}  "
+            f"loss {'none, no update' if loss is None else f'{loss:.4f}'}  lr {metrics['train/lr']:.4g}  "
             f"{metrics['perf/images_per_s']:,.0f} img/s  data {metrics['perf/data_wait']:.1%}"
         )
         if self._progress is not None:

@@ -40,12 +40,12 @@ class Meter:
     def resume(self) -> None:
         self._since = time.perf_counter()
 
-    def take(self) -> dict[str, float | int]:
-        """Metrics of the interval that ends now; a new one begins."""
+    def take(self) -> dict[str, float | int | None]:
+        """Metrics of the interval that ends now; a new one begins. There is no loss where no update was made."""
         self.pause()
         seconds = max(self._train_s, 1e-9)
-        metrics: dict[str, float | int] = {
-            "train/loss": self.loss_sum / max(self.num_samples, 1.0),
+        metrics: dict[str, float | int | None] = {
+            "train/loss": self.loss_sum / self.num_samples if self.num_samples else None,
             "perf/images_per_s": self._timed_samples / seconds,
             "perf/data_wait": self._wait_s / seconds,
         }

@@ -1,9 +1,13 @@
 """metrics.jsonl: one JSON object per line, `step` (updates made) and `epoch` in each; the source of every plot."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from dist_trainer.storage.atomic import replace_text
+
+Metrics = Mapping[str, float | int | None]
+"""By name; None where there is no value."""
 
 
 class MetricsFile:
@@ -15,7 +19,7 @@ class MetricsFile:
             kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_step]
             replace_text(path, "".join(line + "\n" for line in kept))
 
-    def write(self, step: int, metrics: dict[str, float | int]) -> None:
+    def write(self, step: int, metrics: Metrics) -> None:
         """One write call per line: a reader, or a kill, sees whole lines."""
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")

@@ -1,9 +1,9 @@
 """Where metrics go: the terminal, metrics.jsonl and W&B, on rank 0.
 
-Names: train/loss (mean over samples since the last line), train/lr, train/grad_norm (of the last step, before
-clipping), train/skipped (steps not applied, so far), data/bad (different bad samples, so far), ema/decay,
-val/top1, val/top5 (fractions), val/loss, and the same with the other prefixes of SCORES, train_eval/top1, top5, loss
-(training samples with the evaluation's transform), train_eval/gap (its top1 less val/top1),
+Names: train/loss (mean over samples since the last line; null if no update was made), train/lr, train/grad_norm (of the
+last step, before clipping), train/skipped (steps not applied, so far), data/bad (different bad samples, so far),
+ema/decay, val/top1, val/top5 (fractions), val/loss, and the same with the other prefixes of SCORES, train_eval/top1,
+top5, loss (training samples with the evaluation's transform), train_eval/gap (its top1 less val/top1),
 perf/images_per_s, perf/data_wait (share of the time that rank 0 waited for data), epoch.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from dist_trainer.distributed.world import World
 from dist_trainer.log.console import Terminal
-from dist_trainer.log.metrics_file import MetricsFile
+from dist_trainer.log.metrics_file import Metrics, MetricsFile
 from dist_trainer.log.wandb_run import WandbConfig, WandbRun
 
 SCORES = {
@@ -53,13 +53,13 @@ class Tracker:
             self.terminal.say(self._wandb.note)
         self.terminal.start(step, self._total_steps)
 
-    def _write(self, step: int, metrics: dict[str, float | int]) -> None:
+    def _write(self, step: int, metrics: Metrics) -> None:
         if self._file is not None:
             self._file.write(step, metrics)
         if self._wandb is not None:
             self._wandb.log(step, metrics)
 
-    def train(self, step: int, metrics: dict[str, float | int]) -> None:
+    def train(self, step: int, metrics: Metrics) -> None:
         self._write(step, metrics)
         if self._world.is_main:
             self.terminal.train_line(step, self._total_steps, metrics)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from dist_trainer.log.metrics_file import Metrics
+
 
 @dataclass(frozen=True, kw_only=True)
 class WandbConfig:
@@ -77,10 +79,11 @@ class WandbRun:
             f"W&B: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; continuing without it"
         )
 
-    def log(self, step: int, metrics: dict[str, float | int]) -> None:
+    def log(self, step: int, metrics: Metrics) -> None:
         if self._run is not None:
             try:
-                self._run.log({"step": step, **metrics})
+                known = {name: value for name, value in metrics.items() if value is not None}
+                self._run.log({"step": step, **known})
             except Exception as error:
                 self._give_up(error)
 

@@ -24,7 +24,7 @@ from PIL import Image
 from dist_trainer.data.index import FILE_NAME, SAMPLE
 from dist_trainer.distributed.processes import die_with_parent
 from dist_trainer.draws import permutation
-from dist_trainer.errors import UserError
+from dist_trainer.errors import UserError, plural
 from dist_trainer.packing.sources import Source
 from dist_trainer.shards.classes import CLASSES_FILE
 from dist_trainer.shards.scan import LABEL_SUFFIX, ShardScan, join, scan_tar
@@ -245,7 +245,7 @@ def _begin(folder: Path, manifest: dict[str, Any], say: Callable[[str], None]) -
     if before == manifest:
         finished = [path.name for path in folder.glob("*.tar")]
         keep |= {MANIFEST, *finished}
-        say(f"{folder}: continues, {len(finished)} tars exist")
+        say(f"{folder}: continues, {plural(len(finished), 'tar')} there")
     elif before is not None:
         other = ", ".join(key for key in manifest if before.get(key) != manifest[key])
         say(f"{folder}: starts over: the unfinished tars had another {other}")

@@ -27,7 +27,7 @@ def score_weights(run: Run, name: str, state: State | None = None, *, reports_ba
             report_bad(run.config.eval, val.index, result, listing, run.record.tracker.terminal)
         keep_score(run, name, result)
         if learner.weights.can_re_estimate:
-            learner.weights.re_estimate(name)
+            learner.weights.re_estimate(name, max(0, run.progress.step - 1))
             keep_score(run, f"{name}_bn", evaluate(learner.engine, val))
 
 

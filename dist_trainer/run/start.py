@@ -27,7 +27,7 @@ from dist_trainer.run.averaging import Averaging
 from dist_trainer.run.blueprint import Blueprint, make_blueprint
 from dist_trainer.run.claim import Claim, claim_or_initialise
 from dist_trainer.run.data import RunData, Streams, open_data, open_streams
-from dist_trainer.run.restore import load_model, restore
+from dist_trainer.run.restore import Saved, load_model, restore
 from dist_trainer.run.start_from import load_optimizer
 from dist_trainer.run.state import Learner, Progress, Record, Run
 from dist_trainer.run.step_sums import StepSums
@@ -109,12 +109,7 @@ def build_run(
     learner = build_learner(config, blueprint, bn_samples=streams.bn_samples, folder=claim.folder, world=world)
     record = new_record(prepared, engine=config.engine, max_bad=config.data.max_bad, world=world, terminal=terminal)
     if saved is not None:
-        train = prepared.data.train
-        progress = restore(saved, learner=learner, record=record, train=train, config=config.data, world=world)
-        check_length(progress.step, blueprint.plan, config.duration)
-        scored_on = saved.state.get("val_fingerprint", claim.scored_on)
-        if scored_on != prepared.data.val_fingerprint:
-            forget_scores(progress, learner, terminal)
+        progress = go_on(saved, prepared, config=config, learner=learner, record=record, world=world)
     elif claim.source is not None and claim.source.with_optimizer:
         load_optimizer(claim.source, learner)
     open_logs(prepared, config=config, learner=learner, record=record, progress=progress, world=world)
@@ -198,6 +193,21 @@ def new_record(
             "torch": torch.__version__,
         },
     )
+
+
+def go_on(
+    saved: Saved, prepared: PreparedRun, *, config: TrainConfig, learner: Learner, record: Record, world: World
+) -> Progress:
+    """Restore all of a checkpoint but the model, as far as it holds under the config of now (collective).
+
+    Raises UserError where training cannot go on from it.
+    """
+    data, terminal = prepared.data, record.tracker.terminal
+    progress = restore(saved, learner=learner, record=record, train=data.train, config=config.data, world=world)
+    check_length(progress.step, prepared.blueprint.plan, config.duration)
+    if saved.state.get("val_fingerprint", prepared.claim.scored_on) != data.val_fingerprint:
+        forget_scores(progress, learner, terminal)
+    return progress
 
 
 def check_length(step: int, plan: Plan, duration: str) -> None:

@@ -4,6 +4,7 @@ import time
 from typing import Any, Literal
 
 from dist_trainer.distributed.collectives import on_main
+from dist_trainer.errors import plural
 from dist_trainer.log.tracker import SCORES
 from dist_trainer.run.advice import keys_to_turn
 from dist_trainer.run.state import Run
@@ -78,13 +79,13 @@ def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
         if found["turn"]:
             rows["keys to turn"] = "\n".join(found["turn"])
     seconds = summary["seconds"]
-    rows["steps"] = f"{summary['steps']} ({summary['epochs']:g} epochs, {summary['skipped']} skipped)"
+    rows["steps"] = f"{summary['steps']} ({plural(summary['epochs'], 'epoch')}, {summary['skipped']} skipped)"
     if changes := summary["changes"]:
         rows["changed"] = "\n".join(
             f"from step {each['step']}: {Change(each['key'], each['old'], each['new'])}" for each in changes
         )
     rows["time"] = (
         f"training {seconds['train']:.1f} s, evaluation {seconds['eval']:.1f} s, saving {seconds['save']:.1f} s"
-        f" on {summary['world']} rank{'s' if summary['world'] > 1 else ''}"
+        f" on {plural(summary['world'], 'rank')}"
     )
     return rows

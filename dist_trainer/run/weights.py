@@ -55,16 +55,19 @@ class Weights:
     def can_re_estimate(self) -> bool:
         return self._bn_samples is not None and len(self._batch_norm) > 0
 
-    def re_estimate(self, name: str) -> None:
+    def re_estimate(self, name: str, step: int) -> None:
         """Replace the statistics of the weights in the module by re-estimated ones, until the block ends (collective).
+
+        The samples have the crop size and the ramps of `step`, which the weights were trained on.
 
         Raises UserError, on every rank, for storage that cannot be reached.
         """
         assert self._bn_samples is not None
+        bn_samples = self._bn_samples
         outages: list[str] = []
 
         def batches() -> Iterator[tuple[torch.Tensor, bool]]:
-            for batch in self._bn_samples or ():
+            for batch in bn_samples.at(step):
                 outages.extend([batch.outage] if batch.outage else [])
                 yield batch.images, not batch.ghost
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from dist_trainer.data.index import BAD, VERSION, ShardIndex, join_names
 from dist_trainer.data.parallel import in_processes, progress
-from dist_trainer.errors import Outage, UserError
+from dist_trainer.errors import Outage, UserError, plural
 from dist_trainer.shards.image_folder import file_names, images_below, scan_folder, stamp_of
 from dist_trainer.shards.join import ShardScan, join, refusal
 from dist_trainer.shards.labels import LabelRule
@@ -133,7 +133,8 @@ def build_index(
     """
     stats = sizes_and_stamps(shards, Storage(options))
     if is_remote(shards.root):
-        say(f"{len(stats):,} shards, {sum(stat.size for stat in stats) / 1e9:,.2f} GB, to be read from {shards.root}")
+        size = sum(stat.size for stat in stats) / 1e9
+        say(f"{plural(len(stats), 'shard')}, {size:,.2f} GB, to be read from {shards.root}")
     parts = out.with_name(f".{out.name}.parts")
     tasks = [_Task(location, rule, shards.is_folder, parts / _part_name(location, stat, rule)) for location, stat in
              zip(shards.locations, stats, strict=True)]  # fmt: skip
@@ -174,7 +175,7 @@ def _scan_all(
     """The scan of every task, in order: kept results are reused, the others are scanned."""
     scans = {number: scan for number, task in enumerate(tasks) if (scan := _load_part(task.part)) is not None}
     if scans:
-        say(f"{len(scans):,} of {len(tasks):,} shards are done already")
+        say(f"{len(scans):,} of {plural(len(tasks), 'shard')} done already")
     todo = [number for number in range(len(tasks)) if number not in scans]
     weight = sum(sizes[number] for number in todo)
     few = _FEW_FILES if shards.is_folder else _FEW_BYTES
@@ -190,6 +191,6 @@ def _scan_all(
                     raise refusal(shards.root, scan.problems, allow_bad, hopeless)
                 advance(sizes[todo[number]])
         except Outage as error:
-            done = f"{len(scans):,} of {len(tasks):,} shards are done, and the same command continues from there"
+            done = f"{len(scans):,} of {plural(len(tasks), 'shard')} done, and the same command continues from there"
             raise UserError(f"{error}; {done}") from None
     return [scans[number] for number in range(len(tasks))]

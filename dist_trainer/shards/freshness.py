@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dist_trainer.data.index import BAD, ShardIndex
-from dist_trainer.errors import UserError
+from dist_trainer.errors import UserError, plural
 from dist_trainer.shards.build import ShardSet, sizes_and_stamps, stat_all
 from dist_trainer.shards.image_folder import file_names, stamp_of, what_changed
 from dist_trainer.shards.labels import LabelRule
@@ -52,8 +52,8 @@ def check_content(index: ShardIndex, path: Path, storage: Storage) -> str:
         return ""
     with suppress(OSError):  # then they are compared again next time
         replace(index, stamps=tuple(stamps)).save(path)
-    kind = "class folders" if is_folder else "tars"
-    return f"{changed:,} {kind} have another time of change than {path} says, and the same content"
+    what = plural(changed, "class folder" if is_folder else "tar")
+    return f"{what}: another time of change than {path} says, and the same content"
 
 
 def _locations(index: ShardIndex) -> list[str]:

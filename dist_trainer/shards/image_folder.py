@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dist_trainer.data.index import BAD, Problem, ShardIndex
-from dist_trainer.errors import UserError
+from dist_trainer.errors import UserError, plural
 from dist_trainer.shards.join import ShardScan
 from dist_trainer.shards.scan import IMAGE_SUFFIXES, measure, rows
 
@@ -90,9 +90,9 @@ def what_changed(index: ShardIndex, shard: int) -> str:
     folder, known = index.shard_path(shard), file_names(index, shard)
     there = set(images_below(folder))
     if added := sorted(there - set(known)):
-        return f"{len(added):,} files are new, such as {added[0]}"
+        return f"{plural(len(added), 'new file')}, such as {added[0]}"
     if gone := sorted(set(known) - there):
-        return f"{len(gone):,} files are gone, such as {gone[0]}"
+        return f"{plural(len(gone), 'file')} gone, such as {gone[0]}"
     lengths = index.samples["length"][int(index.first[shard]) : int(index.first[shard + 1])].tolist()
     for file, length in zip(known, lengths, strict=True):
         size = Path(folder, file).stat().st_size

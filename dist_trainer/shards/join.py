@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_trainer.data.index import BAD, Problem, ShardIndex, join_names
-from dist_trainer.errors import UserError
+from dist_trainer.errors import UserError, plural
 
 _SHOWN = 20
 
@@ -123,7 +123,7 @@ def refusal(root: str, problems: Sequence[Problem], allow_bad: int, advice: str)
         shards = len({problem.shard for problem in problems})
         number = f"{len(problems):,} problems" if len(problems) > 1 else "a problem"
         allowed = f", where {allow_bad:,} may be bad" if allow_bad else ""
-        yield f"{root}: {number} in {shards:,} shard{'s' if shards > 1 else ''}{allowed}; {advice}"
+        yield f"{root}: {number} in {plural(shards, 'shard')}{allowed}; {advice}"
         yield from (f"  {problem}" for problem in problems[:_SHOWN])
         if len(problems) > _SHOWN:
             yield f"  and {len(problems) - _SHOWN:,} more"

@@ -9,7 +9,7 @@ from typing import Any
 
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.distributed.processes import cores
-from dist_trainer.errors import LocalError, UserError
+from dist_trainer.errors import LocalError, UserError, plural
 from dist_trainer.shards.build import ShardSet, build_index
 from dist_trainer.shards.classes import CLASSES_FILE, is_class_sorted, match_classes, numbering_note, read_classes
 from dist_trainer.shards.freshness import check_content, check_shards, is_current
@@ -137,10 +137,11 @@ def index_shards(
 
 def describe(index: ShardIndex, path: Path) -> str:
     """`8 tars, 1,200 samples, 10 classes: /data/train/index.dtx`, with bad samples and a sorted order, if any."""
-    kind, each = ("tars", "samples") if index.names is None else ("class folders", "images")
+    kind, each = ("tar", "sample") if index.names is None else ("class folder", "image")
     bad = f", {len(index.problems):,} of them bad" if index.problems else ""
     order = ", sorted by class (training takes order full)" if is_class_sorted(index) else ""
-    return f"{len(index.shards):,} {kind}, {len(index):,} {each}{bad}, {index.num_classes:,} classes{order}: {path}"
+    what = f"{plural(len(index.shards), kind)}, {plural(len(index), each)}{bad}, {plural(index.num_classes, 'class')}"
+    return f"{what}{order}: {path}"
 
 
 # Where the index is

@@ -261,7 +261,7 @@ def test_ranks_that_do_not_divide_the_micro_batches_cost_efficiency_and_a_warnin
     assert figures(capsys, *arguments)["efficiency"] == 0.8
     assert dispatch(["plan", *map(str, arguments)]) == 0
     warning = capsys.readouterr().out.partition("warning: ")[2]
-    assert "4 ranks divide them" in " ".join(warning.split())
+    assert "4 ranks do it evenly" in " ".join(warning.split())
     assert dispatch(["plan", *map(str, arguments), "--show", "total_steps"]) == 0
     assert capsys.readouterr().out == f"{4 * 90}\n"
 

@@ -29,7 +29,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def train(here: Path, tmp_path: Path) -> Any:
     def run(*argv: str, later: str = "") -> str:
         """What `train small.yaml` prints to its end."""
-        run_ranks(1, "training", here, tmp_path / "said", later, "small.yaml", *argv)
+        run_ranks(1, "train_command", here, tmp_path / "said", later, "small.yaml", *argv)
         return (tmp_path / "said").read_text()
 
     return run

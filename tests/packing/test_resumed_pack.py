@@ -94,7 +94,7 @@ def test_a_killed_pack_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Captu
     stuck.unlink()
     stuck.write_bytes(data)
     assert dispatch(argv) == 0
-    assert f"continues, {wanted} tars exist" in capsys.readouterr().out
+    assert f"continues, {wanted} tar" in capsys.readouterr().out
     for path in (tmp_path / "undisturbed" / "train").iterdir():
         other = tmp_path / "out" / "train" / path.name
         if path.name in finished:

@@ -129,7 +129,7 @@ def kill_in(run: Run, what: str, nth: int) -> None:
             yield
 
     run.learner.weights.swapped_in = watched  # type: ignore[method-assign]
-    run.learner.weights.re_estimate = lambda name: (counted("re_estimate"), re_estimate(name))[1]  # type: ignore
+    run.learner.weights.re_estimate = lambda *args: (counted("re_estimate"), re_estimate(*args))[1]  # type: ignore
 
 
 def start_run(config: TrainConfig, stop: StopRequest, world: World) -> Run:

@@ -201,7 +201,7 @@ def test_after_a_kill_only_the_shards_that_are_missing_are_read(tars: list[Path]
     change_unnoticed(tars[1])
     said: list[str] = []
     assert indexed(folder, out=out, say=said.append).fingerprint == expected.fingerprint
-    assert said == ["2 of 4 shards are done already"]
+    assert said == ["2 of 4 shards done already"]
     assert not parts.exists()
 
 
@@ -387,12 +387,12 @@ def test_an_image_folder_is_what_torchvision_takes_it_for(images: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda root: shutil.copy(root / "a" / "10.png", root / "a" / "11.png"), "a: 1 files are new, such as 11.png"),
-        (lambda root: (root / "b" / "sub" / "0.png").unlink(), "b: 1 files are gone, such as sub/0.png"),
-        (lambda root: shutil.rmtree(root / "b" / "sub"), "b: 1 files are gone, such as sub/0.png"),
+        (lambda root: shutil.copy(root / "a" / "10.png", root / "a" / "11.png"), "a: 1 new file, such as 11.png"),
+        (lambda root: (root / "b" / "sub" / "0.png").unlink(), "b: 1 file gone, such as sub/0.png"),
+        (lambda root: shutil.rmtree(root / "b" / "sub"), "b: 1 file gone, such as sub/0.png"),
         (lambda root: shutil.copytree(root / "a", root / "d"), "d: not in"),
         (lambda root: shutil.rmtree(root / "c"), "c: missing"),
-        (lambda root: (root / "c" / "1.png").rename(root / "c" / "2.png"), "c: 1 files are new, such as 2.png"),
+        (lambda root: (root / "c" / "1.png").rename(root / "c" / "2.png"), "c: 1 new file, such as 2.png"),
     ],
 )  # fmt: skip
 def test_a_change_of_an_image_folder_is_noticed(images: Path, change: object, said: str) -> None:
@@ -412,7 +412,7 @@ def test_an_image_folder_that_was_only_copied_is_looked_at_once(images: Path) ->
     copy = Path(shutil.copytree(images, images.with_name("copy"), copy_function=shutil.copy))
     os.utime(copy / "b" / "sub")
     path, line = prepare_index("data.train", str(copy))
-    assert "have another time of change" in line
+    assert "another time of change" in line
     assert prepare_index("data.train", str(copy)) == (path, "")
 
 

@@ -162,7 +162,7 @@ def test_tars_that_were_copied_are_looked_at_once(data: Path, monkeypatch: pytes
     reads.clear()
     os.utime(data / "1.tar")
     again, line = prepared(data)
-    assert line.startswith("1 tars have another time of change")
+    assert line.startswith("1 tar: another time of change")
     assert reads == [str(data / "1.tar")] * 3  # its three samples
     assert again.fingerprint == index.fingerprint
     reads.clear()

@@ -1,0 +1,57 @@
+"""Processes that end together."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import multiprocessing, os, sys, time
+from pathlib import Path
+from dist_trainer.data.parallel import as_worker
+
+def work(folder: str) -> None:
+    (Path(folder) / "pid").write_text(str(os.getpid()))
+    while os.getppid() == multiprocessing.parent_process().pid:
+        time.sleep(0.01)  # until the parent is gone
+    as_worker()
+    (Path(folder) / "lives").touch()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=work, args=(sys.argv[1],)).start()
+    while not (Path(sys.argv[1]) / "pid").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a signal for the death of a parent")
+def test_a_worker_whose_parent_died_while_it_started_ends(tmp_path: Path) -> None:
+    """The parent is killed after the worker's start and before `as_worker`. Then the kernel sends nothing any more.
+
+    Mutation: rely on that signal alone; the worker, and whatever waits for it, stay for ever.
+    """
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=False, timeout=60)
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and _lives(pid):
+        time.sleep(0.01)  # between two looks; the deadline decides
+    ended = not _lives(pid)
+    if not ended:
+        os.kill(pid, 9)
+    assert ended
+    assert not (tmp_path / "lives").exists()
+
+
+def _lives(pid: int) -> bool:
+    """Whether there is such a process that is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
