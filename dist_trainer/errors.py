@@ -16,6 +16,11 @@ class Outage(LocalError):
     """Storage failed after all retries. Nothing is wrong with the data; a later attempt may succeed."""
 
 
+EXIT_STATUS = {"done": 0, "stopped": 3, "mistake": 2, "fault": 1, "interrupted": 130}
+"""How a command ends -> its exit status. Stopped: by a signal, saved. Mistake: the user's, in one line. Fault: an error
+of the program or the machine. Interrupted: by a second signal, at once."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest known word, or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -138,14 +138,11 @@ def not_finite(run: Run) -> None:
     if policy == "stop":
         give_up(run, f"its gradient was not finite and was not applied (engine.not_finite: stop). {advice}")
     if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-        raise UserError(
-            f"step {progress.step}: the gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in a row; none was "
-            f"applied. {advice}"
-        )
+        give_up(run, f"the gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in a row; none was applied. {advice}")
 
 
 def give_up(run: Run, reason: str) -> NoReturn:
     """Save, end the run, and raise UserError: every rank stops after the same step."""
     save(run)
-    finish_run(run, reason)
+    finish_run(run, "mistake", reason)
     raise UserError(f"stopped after step {run.progress.step}, saved; start again to continue: {reason}")

@@ -1,5 +1,6 @@
 """The command line: `dist-trainer COMMAND CONFIG.yaml [--key.sub value ...]`; under torchrun too."""
 
+import contextlib
 import os
 import re
 import sys
@@ -8,7 +9,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import NoReturn
 
-from dist_trainer.errors import LocalError, UserError, nearest
+from dist_trainer.distributed.processes import status_of_rank
+from dist_trainer.errors import EXIT_STATUS, LocalError, UserError, nearest
 
 USAGE = """usage: dist-trainer COMMAND ...
 
@@ -29,24 +31,33 @@ Several --config files merge left to right. --print_config shows the whole confi
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run one command and end the process: 0 done or stopped in order, 2 the user's mistake, 1 a fault."""
+    """Run one command and end the process, with a status of errors.EXIT_STATUS."""
     try:
         status = dispatch(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         if _is_main() or isinstance(error, LocalError):
-            print(f"dist-trainer: {error}", file=sys.stderr)
-        status = 2
+            _complain(f"dist-trainer: {error}")
+        status = EXIT_STATUS["mistake"]
     except KeyboardInterrupt:
-        status = 130
+        status = EXIT_STATUS["interrupted"]
     except BrokenPipeError:
-        status = 1
+        status = EXIT_STATUS["fault"]
     except Exception as error:
-        print(_fault(error), file=sys.stderr)
-        status = 1
+        from dist_trainer.data.parallel import loader_fault
+
+        line = loader_fault(error)
+        _complain(f"dist-trainer: {line}" if line else _fault(error))
+        status = EXIT_STATUS["mistake" if line else "fault"]
     # Not sys.exit: after an error, other ranks may wait in a collective that interpreter shutdown would wait for too.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed
+            stream.flush()
+    os._exit(status_of_rank(status))
+
+
+def _complain(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr)
 
 
 def _is_main() -> bool:

@@ -1,6 +1,9 @@
 """Work over many shards in parallel: processes that end with this one, and their progress."""
 
+import re
+import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -55,15 +58,40 @@ def as_worker(number: int = 0) -> None:
         signal.signal(signal.Signals[name], signal.SIG_IGN)
 
 
-def start_resource_tracker() -> None:
-    """Start multiprocessing's helper so that it survives SIGUSR1, as it does SIGTERM and SIGINT.
+def loader_fault(error: BaseException) -> str | None:
+    """One line with the remedy if `error` says that a loader process died or could not hand over its images, else None.
 
-    Slurm signals every process of a job; without its helper, each semaphore ends in a traceback.
+    torch has no types for these errors, so its words decide (torch 2.14, utils/data/dataloader.py and _utils/).
+    """
+    text = str(error)
+    if "DataLoader" not in text and "Too many open files" not in text and "ancdata" not in text:
+        return None
+    if "Too many open files" in text or "ancdata" in text:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f"ulimit -n is {limit}, too few open files for loader processes: raise it, or set data.workers: 0"
+    if re.search(r"Bus error|shared memory|shm", text):
+        return (
+            "/dev/shm is full, where loader processes hand over their images: enlarge it (docker --shm-size 8g), lower "
+            "batch.micro_batch, or set data.workers: 0"
+        )
+    if match := re.search(r"killed by signal: ([^.]+)", text):
+        return f"a loader process was killed ({match[1]}), most likely for want of memory: set fewer data.workers"
+    return "a loader process ended by itself: set data.workers: 0 to see why" if "exited unexpectedly" in text else None
+
+
+def start_resource_tracker() -> None:
+    """Start multiprocessing's helper so that it survives SIGUSR1 and SIGHUP, as it does SIGTERM and SIGINT.
+
+    Slurm signals every process of a job; without its helper, each semaphore ends in a traceback. After an error it
+    removes what is left without a word: nobody can do anything about it.
     """
     if threading.current_thread() is threading.main_thread():
-        former = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        former = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGUSR1, signal.SIGHUP)}
+        sys.warnoptions.append("ignore:resource_tracker")  # the helper inherits it
         resource_tracker.ensure_running()
-        signal.signal(signal.SIGUSR1, former)
+        sys.warnoptions.remove("ignore:resource_tracker")
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

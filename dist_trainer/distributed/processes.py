@@ -6,13 +6,39 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+from dist_trainer.errors import EXIT_STATUS
+
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+SECOND_AFTER_S = 2.0
+"""A signal this long after the first is a second one: torchrun and Slurm each deliver the first, in milliseconds."""
 
 
 def cores() -> int:
     """The number of cores that this process may use. Under Slurm or in a container it is less than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def launched_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def status_of_rank(status: int) -> int:
+    """The exit status for this process, given that of its command.
+
+    A rank that ends with another one than 0 is started again by torchrun, or reported in 25 lines. So an orderly stop
+    ends with 0; and where launch/local.sh named a file for the true status, so does all but a fault.
+    """
+    if not launched_by_torchrun() or status == EXIT_STATUS["fault"]:
+        return status
+    if file := os.environ.get("DIST_TRAINER_STATUS"):
+        with Path(file).open("a") as out:
+            out.write(f"{status}\n")
+        return 0
+    return 0 if status == EXIT_STATUS["stopped"] else status
 
 
 def die_with_parent(signum: int) -> None:
@@ -26,7 +52,7 @@ def die_with_parent(signum: int) -> None:
 
 
 class StopRequest:
-    """Whether this process was asked to stop. SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 only set a flag.
+    """Whether this process was asked to stop. SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP only set a flag.
 
     Create it after `init_world`: a flag cannot interrupt a rendezvous that waits for missing ranks.
     """
@@ -35,7 +61,27 @@ class StopRequest:
         self.signal: str | None = None
         if threading.current_thread() is threading.main_thread():
             for name in STOP_SIGNALS:
-                signal.signal(signal.Signals[name], self._remember)
+                if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup means it
+                    signal.signal(signal.Signals[name], self._remember)
+
+    def end_at_second(self, end: Callable[[], None]) -> None:
+        """From now on a second signal calls `end`, on a thread: also while this process waits inside a library."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._wait_for_second, args=(reader, end), daemon=True, name="second signal").start()
+
+    @staticmethod
+    def _wait_for_second(reader: int, end: Callable[[], None]) -> None:
+        numbers = {signal.Signals[name].value for name in STOP_SIGNALS}
+        first: float | None = None
+        while number := os.read(reader, 1):
+            if number[0] not in numbers:
+                continue
+            if first is None:
+                first = time.monotonic()
+            elif time.monotonic() - first >= SECOND_AFTER_S:
+                end()
 
     def _remember(self, number: int, frame: object) -> None:
         self.signal = signal.Signals(number).name

@@ -20,11 +20,13 @@ def beat() -> None:
 
 
 @contextlib.contextmanager
-def watched(timeout_s: float, rank: int, where: Callable[[], str], folder: Path) -> Iterator[None]:
+def watched(
+    timeout_s: float, rank: int, where: Callable[[], str], folder: Path, record: Callable[[str], None]
+) -> Iterator[None]:
     """End this process if there is no `beat` for `timeout_s` in this block, after writing the stacks of its threads to
     `folder`/rank-R.txt.
 
-    `where()` describes the current activity.
+    `where()` describes the current activity; `record` is called with a line that says so.
     """
     through = threading.Event()
 
@@ -32,7 +34,9 @@ def watched(timeout_s: float, rank: int, where: Callable[[], str], folder: Path)
         while not through.wait(min(1.0, timeout_s / 8)):
             _beats.clear()
             if not _beats.wait(timeout_s) and not through.is_set():
-                _report_hang(timeout_s, rank, where(), folder)
+                line = f"[rank {rank}] {where()}: no progress for {timeout_s:g} s (run.timeout); ended"
+                _report_hang(line, rank, folder)
+                record(line)
                 os._exit(1)
 
     threading.Thread(target=run, daemon=True, name="watchdog").start()
@@ -42,8 +46,7 @@ def watched(timeout_s: float, rank: int, where: Callable[[], str], folder: Path)
         through.set()
 
 
-def _report_hang(timeout_s: float, rank: int, where: str, folder: Path) -> None:
-    line = f"[rank {rank}] {where}: no progress for {timeout_s:g} s (run.timeout); ended"
+def _report_hang(line: str, rank: int, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"rank-{rank}.txt"

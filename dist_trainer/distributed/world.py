@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from dist_trainer.distributed.processes import cores, die_with_parent
+from dist_trainer.distributed.processes import cores, die_with_parent, launched_by_torchrun
 from dist_trainer.errors import UserError
 
 
@@ -43,10 +43,6 @@ def alone() -> World:
 def devices() -> int:
     """The number of accelerators of this host, or of cores if there is none."""
     return torch.cuda.device_count() if torch.cuda.is_available() else cores()
-
-
-def launched_by_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def keep_freed_memory() -> None:

@@ -1,5 +1,8 @@
 """Rank 0's output: a progress display on a terminal, one plain line per interval in a log file."""
 
+import contextlib
+import os
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -9,12 +12,30 @@ from rich.table import Table
 from dist_trainer.log.metrics_file import Metrics
 
 
+class _Console(Console):
+    """A closed or failing stdout mutes it, and training goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.mute()
+
+    def mute(self) -> None:
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered must not fail later
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().print(*args, **kwargs)
+        except OSError:  # a full disk, or a terminal that is gone
+            self.mute()
+
+
 class Terminal:
     """Silent unless `active` (rank 0)."""
 
     def __init__(self, active: bool) -> None:
         self._active = active
-        self._console = Console(highlight=False, soft_wrap=True, quiet=not active)
+        self._console = _Console(highlight=False, soft_wrap=True, quiet=not active)
         self._progress: Progress | None = None
         self._task: Any = None
         self._best = ""

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from dist_trainer.errors import LocalError
 from dist_trainer.storage.atomic import replace_text
 
 Metrics = Mapping[str, float | int | None]
@@ -20,9 +21,15 @@ class MetricsFile:
             replace_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """One write call per line: a reader, or a kill, sees whole lines."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        """One write call per line: a reader, or a kill, sees whole lines. Raises LocalError when the disk refuses."""
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        except OSError as error:
+            raise LocalError(
+                f"cannot write {self._path}: {error.strerror or error}; the last checkpoint is whole: make room, then "
+                "start again"
+            ) from None
 
 
 def _step(line: str) -> float:

@@ -206,7 +206,8 @@ def go_on(
     progress = restore(saved, learner=learner, record=record, train=data.train, config=config.data, world=world)
     check_length(progress.step, prepared.blueprint.plan, config.duration)
     if saved.state.get("val_fingerprint", prepared.claim.scored_on) != data.val_fingerprint:
-        forget_scores(progress, learner, terminal)
+        terminal.say("the validation set is another one: best weights and snapshots are chosen anew")
+        progress.forget_scores()
     return progress
 
 
@@ -216,14 +217,6 @@ def check_length(step: int, plan: Plan, duration: str) -> None:
         raise UserError(
             f"duration: {duration} ends at step {plan.total_steps}, and the run stands at step {step}; set it longer"
         )
-
-
-def forget_scores(progress: Progress, learner: Learner, terminal: Terminal) -> None:
-    """Rank weights anew: they were scored on another validation set (collective)."""
-    terminal.say("the validation set is another one: best weights and snapshots are chosen anew")
-    progress.forget_scores()
-    if learner.averaging is not None:
-        learner.averaging.resume(0)
 
 
 def open_logs(

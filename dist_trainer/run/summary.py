@@ -1,7 +1,8 @@
 """The end of a run: summary.json, STATE, and the table that a person reads."""
 
+import contextlib
 import time
-from typing import Any, Literal
+from typing import Any
 
 from dist_trainer.distributed.collectives import on_main
 from dist_trainer.errors import plural
@@ -9,23 +10,20 @@ from dist_trainer.log.tracker import SCORES
 from dist_trainer.run.advice import keys_to_turn
 from dist_trainer.run.state import Run
 from dist_trainer.run_folder.environment import git_revision
+from dist_trainer.run_folder.folder import State
 from dist_trainer.run_folder.identity import Change
 from dist_trainer.tricks.diagnosis import diagnose
 
 
-def finish_run(run: Run, stopped_by: str | None) -> dict[str, Any]:
+def finish_run(run: Run, state: State, reason: str | None = None) -> dict[str, Any]:
     """Write summary.json and STATE, close what was opened, and return the summary (collective).
 
-    `stopped_by` is why the run ends before its last step: the name of a signal, or what went wrong.
+    `reason` is why the run ends before its last step: the name of a signal, or what went wrong.
     """
     record, progress = run.record, run.progress
     seconds = time.perf_counter() - record.started
-    state: Literal["stopped", "done"] = "stopped" if stopped_by else "done"
     summary: dict[str, Any] = {
-        "state": state,
-        "stopped_by": stopped_by,
-        "steps": progress.step,
-        "epochs": run.plan.epoch(progress.step),
+        **_end(run, state, reason),
         "skipped": progress.skipped,
         "changes": record.folder.read_changes() if run.world.is_main else [],
         "final": progress.last,
@@ -37,15 +35,30 @@ def finish_run(run: Run, stopped_by: str | None) -> dict[str, Any]:
     }
 
     def close() -> None:
-        record.tracker.close(summary)
         record.folder.write_summary(summary)
         record.folder.write_state(state)
+        record.tracker.close(summary)  # last, since W&B may wait for a network
         record.folder.release()
 
     on_main(run.world, close)
     run.streams.close()
     run.learner.engine.close()
     return summary
+
+
+def record_end(run: Run, state: State, reason: str) -> None:
+    """Rank 0 alone: write how the run ended, unless that is written already. Other ranks may hang or be gone."""
+    folder = run.record.folder
+    with contextlib.suppress(OSError):  # the disk may be what failed
+        if run.world.is_main and folder.read_state() == "running":
+            folder.write_summary(_end(run, state, reason))
+            folder.write_state(state)
+            folder.release()
+
+
+def _end(run: Run, state: State, reason: str | None) -> dict[str, Any]:
+    step = run.progress.step
+    return {"state": state, "reason": reason, "steps": step, "epochs": run.plan.epoch(step)}
 
 
 def _diagnosis(run: Run) -> dict[str, Any] | None:

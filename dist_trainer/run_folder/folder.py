@@ -15,6 +15,9 @@ from dist_trainer.run_folder.identity import FREE, Change, changes, flatten, is_
 from dist_trainer.run_folder.owner import Ownership
 from dist_trainer.storage.atomic import replace_text
 
+State = Literal["running", "done", "stopped", "mistake", "fault", "interrupted"]
+"""Of a run. Only a SIGKILL or a loss of power leaves "running" behind; the others are ends (errors.EXIT_STATUS)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -76,10 +79,10 @@ class RunFolder:
 
     def standing(self) -> str:
         """Where the run in it stands, in words."""
-        if not (self.path / "STATE").exists():
+        state, kept = self.read_state(), checkpoint.complete(self.checkpoints)
+        if state is None:
             return "not begun"
-        kept = checkpoint.complete(self.checkpoints)
-        return f"{self.read_state()}, " + (f"at {kept[0].name}" if kept else "no checkpoint yet")
+        return f"{state}, " + (f"at {kept[0].name}" if kept else "no checkpoint yet")
 
     def write_pretrained(self, loaded: dict[str, Any]) -> None:
         """pretrained.json: the source of the initial weights, and every name that did not fit."""
@@ -154,12 +157,16 @@ class RunFolder:
         """env.json: enough to know later what ran."""
         replace_text(self.path / "env.json", json.dumps(describe_environment(world_size), indent=1))
 
-    def write_state(self, state: Literal["running", "stopped", "done"]) -> None:
+    def write_state(self, state: State) -> None:
         """STATE: batch scripts decide from it, since exit codes under torchrun are not reliable."""
         replace_text(self.path / "STATE", state + "\n")
 
-    def read_state(self) -> str:
-        return (self.path / "STATE").read_text().strip()
+    def read_state(self) -> str | None:
+        """None in a folder without a run."""
+        try:
+            return (self.path / "STATE").read_text().strip()
+        except FileNotFoundError:
+            return None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         replace_text(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")

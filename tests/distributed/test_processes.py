@@ -55,3 +55,22 @@ def _lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+LEFT = """
+import multiprocessing, os
+from dist_trainer.data.parallel import start_resource_tracker
+
+if __name__ == "__main__":
+    start_resource_tracker()
+    lock = multiprocessing.get_context("spawn").Lock()
+    os._exit(2)
+"""
+
+
+def test_multiprocessings_helper_cleans_up_without_a_word(tmp_path: Path) -> None:
+    """A process that ends at once, as after an error, leaves a semaphore. Mutation: "leaked semaphore objects"."""
+    script = tmp_path / "script.py"
+    script.write_text(LEFT)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"")  # the helper holds stderr until it ends

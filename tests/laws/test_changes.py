@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from running import ROOT, metrics, run_ranks, tensors
+from running import ROOT, Session, metrics, run_ranks, tensors, wait_for_step
 
 from dist_trainer.commands.main import dispatch
 from dist_trainer.run_folder import checkpoint
@@ -152,6 +153,29 @@ def test_a_finished_run_is_extended_as_if_it_had_been_that_long(train: Any, here
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert metrics(folder, "train/lr") == metrics(at_once, "train/lr")
     assert f"a/{folder.name}: complete" in train(*longer)  # it is found by its new length, whatever it is called
+
+
+def test_an_extended_run_that_is_killed_is_not_complete(train: Any, here: Path) -> None:
+    """It was done once, and its summary still says so. Mutation: the summary decides, and nothing is trained."""
+    train(*SHORT, "--run.dir=a", "--run.name=run")
+    longer = [
+        "--lr.schedule.name=constant",
+        "--run.dir=a",
+        "--run.name=run",
+        "--duration=1000000step",
+        "--log.every=1step",
+    ]
+    argv = [sys.executable, "-m", "dist_trainer", "train", "small.yaml", *longer]
+    session = Session([*argv, "--eval.every=null", allow("duration")], here / "log", folder=here)
+    wait_for_step(session, here / "a" / "run", 6)
+    session.kill()
+    assert (here / "a" / "run" / "STATE").read_text() == "running\n"
+    assert json.loads((here / "a" / "run" / "summary.json").read_text())["state"] == "done"
+    session = Session(argv, here / "log", folder=here)
+    wait_for_step(session, here / "a" / "run", max(metrics(here / "a" / "run", "step")) + 2)
+    session.process.terminate()
+    assert session.wait(60) == 3
+    assert "complete" not in session.log.read_text()
 
 
 def test_another_rate_holds_from_the_checkpoint_on(train: Any, here: Path) -> None:

@@ -216,7 +216,7 @@ def test_a_validation_set_that_cannot_be_scored_costs_no_training(runs: Path) ->
         in said.pop()
     )
     assert newest(runs / "eval_fail").name == f"step_{STEPS:08d}"
-    assert (runs / "eval_fail" / "STATE").read_text() == "stopped\n"
+    assert (runs / "eval_fail" / "STATE").read_text() == "mistake\n"
 
 
 def test_work_of_rank_0_may_take_longer_than_collectives_wait(runs: Path) -> None:

@@ -62,7 +62,7 @@ def test_a_gradient_that_is_not_finite_stops_where_that_is_asked_for(fashion: li
     assert session.wait() == 2
     line = "dist-trainer: stopped after step 4, saved; start again to continue: its gradient was not finite and was not"
     assert session.log.read_text().splitlines()[-1].startswith(line)
-    assert (tmp_path / "run" / "STATE").read_text() == "stopped\n"
+    assert (tmp_path / "run" / "STATE").read_text() == "mistake\n"
     assert all(torch.isfinite(value).all() for value in tensors(tmp_path / "run").values())
 
 

@@ -75,6 +75,6 @@ def main(world: World, argv: list[str]) -> None:
             result[f"{title} {step} samples"] = valid
             result[f"{title} {step} fc"] = whole["fc.weight"].flatten().tolist()
             run.learner.engine.step()
-        finish_run(run, "test")
+        finish_run(run, "stopped", "test")
     if world.is_main:
         out.write_text(json.dumps(result))

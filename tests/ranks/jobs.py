@@ -157,7 +157,8 @@ def main(world: World, argv: list[str]) -> None:
         run = start_run(config, stop, world)
         observe(run, stop, job, folder)
         try:
-            finish_run(run, train(run))
+            stopped_by = train(run)
+            finish_run(run, "stopped" if stopped_by else "done", stopped_by)
         except UserError as error:
             if not job.get("fails"):
                 raise

@@ -106,3 +106,21 @@ class Hungry(SmoothNet):
         if self.training and self.num_forwards == 8:
             torch.empty(2**50, dtype=torch.uint8)
         return super().forward(x)
+
+
+class Stuck(SmoothNet):
+    """Never comes back from its third training forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and self.num_forwards == 2:
+            threading.Event().wait()
+        return super().forward(x)
+
+
+class Broken(SmoothNet):
+    """Has a fault in its third training forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and self.num_forwards == 2:
+            raise RuntimeError("nothing was expected\nof this model")
+        return super().forward(x)

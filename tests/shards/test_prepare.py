@@ -12,7 +12,7 @@ import pytest
 from helpers import index_of, members_of, message, sample_members, write_tar
 
 from dist_trainer.data.index import BAD, FILE_NAME, SAMPLE, ShardIndex
-from dist_trainer.errors import LocalError, UserError
+from dist_trainer.errors import LocalError, UserError, plural
 from dist_trainer.shards.prepare import (
     find_index,
     index_shards,
@@ -64,7 +64,7 @@ def test_a_folder_a_tar_and_a_brace_pattern_name_the_same_samples(data: Path) ->
     for location, names in ((data, tars), (data / "{0..2}.tar", tars), (tars[1], tars[1:2])):
         index, line = prepared(location)
         assert index.fingerprint == index_of(*names).fingerprint
-        assert line.startswith(f"indexed {len(names)} tars, {len(index)} samples, 3 classes: {data}/")
+        assert line.startswith(f"indexed {plural(len(names), 'tar')}, {len(index)} samples, 3 classes: {data}/")
         assert prepared(location)[1] == ""
 
 

@@ -1,0 +1,226 @@
+"""Every end of a run is one of five: in STATE, in summary.json with the reason, and in the exit status."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from running import RANKS, ROOT, Session, newest, tensors, torchrun
+
+from dist_trainer.data.parallel import loader_fault
+from dist_trainer.distributed.processes import SECOND_AFTER_S
+from dist_trainer.errors import LocalError
+from dist_trainer.log.metrics_file import MetricsFile
+
+LONG = ["--duration=1000000step", "--eval.every=null", "--checkpoint.every=null", "--log.every=1step"]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """The working folder: data and a config."""
+    shutil.copytree(ROOT / "tests" / "fixtures" / "81fd9c4", tmp_path / "here")
+    shutil.rmtree(tmp_path / "here" / "runs")
+    return tmp_path / "here"
+
+
+def command(*argv: str) -> list[str]:
+    return [sys.executable, "-m", "dist_trainer", "train", "small.yaml", "--run.name=run", *argv]
+
+
+def started(here: Path, argv: list[str]) -> Session:
+    """A run that has written its first line of metrics."""
+    session = Session(argv, here / "log", folder=here)
+    wait_for(here / "runs" / "run" / "metrics.jsonl", session)
+    return session
+
+
+def wait_for(file: Path, session: Session) -> None:
+    deadline = time.monotonic() + 120
+    while not (file.exists() and file.read_text()):
+        assert session.process.poll() is None, session.log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)  # between two looks; the deadline decides
+
+
+def end_of(here: Path) -> tuple[str, str]:
+    """(state, reason), which STATE and summary.json agree on."""
+    run = here / "runs" / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert (run / "STATE").read_text() == f"{summary['state']}\n"
+    return summary["state"], summary["reason"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_in_order_with_status_3(here: Path, number: signal.Signals) -> None:
+    """So that `train && eval` does not go on. Mutation: 0, as for done; SIGHUP ends the process."""
+    session = started(here, command(*LONG, "--data.workers=1"))
+    os.kill(session.process.pid, number)
+    assert session.wait(60) == 3
+    assert end_of(here) == ("stopped", number.name)
+    assert not session.left_after(15), session.left_after(0)
+    assert "leaked" not in session.log.read_text()
+
+
+def test_a_rank_under_torchrun_stops_with_status_0(here: Path) -> None:
+    """By a signal to the rank alone: torchrun ends well, and starts nothing again. Mutation: 3 there too."""
+    session = started(here, torchrun(1, *command(*LONG)[1:], restarts=1))
+    (rank,) = session.rank_pids()
+    os.kill(rank, signal.SIGUSR1)
+    assert session.wait(60) == 0
+    assert end_of(here) == ("stopped", "SIGUSR1")
+
+
+def test_a_second_signal_ends_at_once(here: Path) -> None:
+    """A model that never comes back: the first signal waits for its step, one within 2 s is the same signal delivered
+    twice, a later one ends. Mutations: count the one within 2 s; wait for the main thread.
+    """
+    session = Session(command(*LONG, "--model.name=tiny:Stuck", "--model.args={}"), here / "log", folder=here)
+    wait_for(here / "runs" / "run" / "STATE", session)
+    time.sleep(1)  # into the forward that hangs; if it is not there yet, the end is the same
+    for pause in (0.0, 0.1, SECOND_AFTER_S + 0.2):
+        time.sleep(pause)  # what is tested is the time between signals
+        assert session.process.poll() is None
+        os.kill(session.process.pid, signal.SIGINT)
+    assert session.wait(20) == 130
+    assert end_of(here) == ("interrupted", "SIGINT, the second signal")
+    assert "Traceback" not in session.log.read_text()
+
+
+def test_a_fault_has_status_1_and_its_first_line_as_reason(here: Path) -> None:
+    """Mutation: STATE stays at running."""
+    session = Session(command(*LONG, "--model.name=tiny:Broken", "--model.args={}"), here / "log", folder=here)
+    assert session.wait(60) == 1
+    assert end_of(here) == ("fault", "RuntimeError: nothing was expected")
+
+
+def test_twenty_steps_that_are_not_finite_end_with_the_good_weights_saved(here: Path) -> None:
+    """A rate of 1e30 destroys the weights in the second step: their values stay finite, no gradient is.
+
+    Mutations: raise without saving; STATE stopped, which a batch script would start again.
+    """
+    session = Session(command("--lr.peak=1e30", *LONG), here / "log", folder=here)
+    assert session.wait(60) == 2
+    state, reason = end_of(here)
+    assert state == "mistake"
+    assert "not finite 20 times in a row" in reason
+    (line,) = [line for line in session.log.read_text().splitlines() if line.startswith("dist-trainer: ")]
+    assert f"stopped after {newest(here / 'runs' / 'run').name.replace('step_000000', 'step ')}, saved" in line
+    assert all(torch.isfinite(value).all() for value in tensors(here / "runs" / "run").values())
+
+
+def closed_after(here: Path, num_lines: int, *argv: str) -> int:
+    """The exit status of a run whose stdout and stderr are closed after some lines."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{RANKS}"}
+    process = subprocess.Popen(command(*argv), cwd=here, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    for _ in range(num_lines):
+        process.stdout.readline()
+    process.stdout.close()
+    try:
+        return process.wait(60)
+    finally:
+        process.kill()
+
+
+def test_a_closed_stdout_mutes_train_which_goes_on(here: Path) -> None:
+    """As behind `| head -3`, with a loader process. Mutation: rich's own answer, which ends the program."""
+    assert closed_after(here, 3, "--data.workers=1", "--log.every=1step") == 0
+    assert end_of(here)[0] == "done"
+
+
+@pytest.mark.slow  # twenty starts
+def test_no_moment_to_close_stdout_hangs(here: Path) -> None:
+    """20 random ones. Mutation: let any print raise."""
+    for number in range(20):
+        num_lines = random.randrange(40)
+        print(f"closed after {num_lines} lines")
+        assert closed_after(here, num_lines, f"--run.dir=runs-{number}", "--log.every=1step", "--data.workers=1") == 0
+        assert (here / f"runs-{number}" / "run" / "STATE").read_text() == "done\n"
+
+
+def test_another_command_ends_when_stdout_is_closed(here: Path) -> None:
+    """`plan | head -0`. Mutation: flush what cannot be flushed, which raises after all was handled."""
+    argv = [sys.executable, "-m", "dist_trainer", "plan", "small.yaml"]
+    process = subprocess.Popen(argv, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait(60) in (0, 1)
+    assert b"Traceback" not in process.stderr.read()
+
+
+def test_a_metrics_file_that_cannot_be_written_says_so_in_a_line(tmp_path: Path) -> None:
+    """Its folder is gone, as after a lost mount. Mutation: a traceback."""
+    (tmp_path / "run").mkdir()
+    file = MetricsFile(tmp_path / "run" / "metrics.jsonl", 0)
+    (tmp_path / "run").rmdir()
+    with pytest.raises(LocalError, match=r"cannot write .*metrics.jsonl: No such file.*then start again"):
+        file.write(1, {"train/loss": 1.0})
+
+
+def test_a_killed_loader_process_costs_one_line(here: Path) -> None:
+    """As by the kernel, for want of memory. Mutation: torch's traceback, and status 1."""
+    session = started(here, command(*LONG, "--data.workers=1"))
+    (worker,) = [pid for pid, line in session.pids().items() if "spawn_main" in line]
+    os.kill(worker, signal.SIGKILL)
+    assert session.wait(60) == 2
+    line = "a loader process was killed (Killed), most likely for want of memory: set fewer data.workers"
+    assert end_of(here) == ("mistake", line)
+    assert not session.left_after(15), session.left_after(0)  # multiprocessing's helper, too, has nothing to say
+    assert session.log.read_text().splitlines()[-1] == f"dist-trainer: {line}"
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (
+            "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are "
+            "out of shared memory. Please try to raise your shared memory limit.",
+            "/dev/shm is full",
+        ),
+        (
+            "Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared memory(shm) for file "
+            "</torch_7_1_0>: No space left on device (28)",
+            "/dev/shm is full",
+        ),
+        ("Too many open files. Communication with the workers is no longer possible.", "ulimit -n is "),
+        ("received 0 items of ancdata", "ulimit -n is "),
+        ("DataLoader worker (pid(s) 7) exited unexpectedly", "a loader process ended by itself"),
+        ("shape '[8]' is invalid for input of size 7", None),
+    ],
+)
+def test_each_death_of_a_loader_has_its_remedy(words: str, remedy: str | None) -> None:
+    """torch's words, as it raises them. Mutation: full shared memory is called want of memory."""
+    found = loader_fault(RuntimeError(words))
+    assert (found is None) == (remedy is None)
+    assert remedy is None or (found or "").startswith(remedy)
+
+
+def local(here: Path, *argv: str) -> Session:
+    """launch/local.sh with two ranks."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [str(ROOT / "launch" / "local.sh"), "train", "small.yaml", "--run.name=run", *argv]
+    return Session(command, here / "log", folder=here, NPROC="2", PATH=path)
+
+
+def test_local_sh_ends_as_its_ranks_do(here: Path) -> None:
+    """Stopped, by a signal to the script, and a mistake that only the ranks meet: 3 and 2, one line, no report by
+    torchrun. Mutation: its own status, 1 for both.
+    """
+    session = local(here, *LONG)
+    wait_for(here / "runs" / "run" / "metrics.jsonl", session)
+    os.kill(session.process.pid, signal.SIGTERM)
+    assert session.wait(60) == 3
+    assert end_of(here) == ("stopped", "SIGTERM")
+    assert not session.left_after(15), session.left_after(0)
+    session = local(here, *LONG, "--lr.peak=1e30", '--run.allow_change=["lr.peak"]')
+    assert session.wait(120) == 2
+    assert end_of(here)[0] == "mistake"
+    assert session.log.read_text().splitlines()[-1].startswith("dist-trainer: stopped after step ")
+    assert "ChildFailedError" not in session.log.read_text()
