@@ -74,9 +74,9 @@ def loader_fault(error: BaseException) -> str | None:
             "/dev/shm is full, where loader processes hand over their images: enlarge it (docker --shm-size 8g), lower "
             "batch.micro_batch, or set data.workers: 0"
         )
-    if match := re.search(r"killed by signal: ([^.]+)", text):
-        return f"a loader process was killed ({match[1]}), most likely for want of memory: set fewer data.workers"
-    return "a loader process ended by itself: set data.workers: 0 to see why" if "exited unexpectedly" in text else None
+    if "killed by signal" in text or "exited unexpectedly" in text:  # whichever of two places notices it first
+        return "a loader process was killed, most likely for want of memory: set fewer data.workers, or 0"
+    return None
 
 
 def start_resource_tracker() -> None:

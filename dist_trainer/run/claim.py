@@ -94,7 +94,7 @@ def claim_folder(
         folder.claim()
         changed = folder.check_identity(identity_keys, config.run.allow_change)
         found = {"changed": [asdict(change) for change in changed], "scored_on": folder.read_val_fingerprint()}
-        if folder.read_state() == "done" and not changed:
+        if folder.read_state() == "done" and folder.read_summary() is not None and not changed:
             folder.release()
             return {**found, "is_complete": True, "checkpoint": None}
         for change in changed:
