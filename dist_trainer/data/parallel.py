@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -64,6 +65,11 @@ def loader_fault(error: BaseException) -> str | None:
     torch has no types for these errors, so its words decide (torch 2.14, utils/data/dataloader.py and _utils/).
     """
     text = str(error)
+    killed = "a loader process was killed, most likely for want of memory: set fewer data.workers, or 0"
+    if isinstance(error, EOFError | ConnectionError) and any(
+        "multiprocessing" in frame.filename for frame in traceback.extract_tb(error.__traceback__)
+    ):
+        return killed  # while it handed over a batch
     if "DataLoader" not in text and "Too many open files" not in text and "ancdata" not in text:
         return None
     if "Too many open files" in text or "ancdata" in text:
@@ -75,7 +81,7 @@ def loader_fault(error: BaseException) -> str | None:
             "batch.micro_batch, or set data.workers: 0"
         )
     if "killed by signal" in text or "exited unexpectedly" in text:  # whichever of two places notices it first
-        return "a loader process was killed, most likely for want of memory: set fewer data.workers, or 0"
+        return killed
     return None
 
 

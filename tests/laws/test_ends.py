@@ -1,6 +1,7 @@
 """Every end of a run is one of five: in STATE, in summary.json with the reason, and in the exit status."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -225,3 +226,13 @@ def test_local_sh_ends_as_its_ranks_do(here: Path) -> None:
     assert end_of(here)[0] == "mistake"
     assert session.log.read_text().splitlines()[-1].startswith("dist-trainer: stopped after step ")
     assert "ChildFailedError" not in session.log.read_text()
+
+
+def test_a_loader_that_dies_while_it_hands_over_is_known_by_the_place() -> None:
+    """Python's own connection, closed at the other end; another EOFError is another fault. Mutation: by type alone."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    theirs.close()
+    with pytest.raises(EOFError) as caught:
+        ours.recv()
+    assert (loader_fault(caught.value) or "").startswith("a loader process was killed")
+    assert loader_fault(EOFError()) is None
