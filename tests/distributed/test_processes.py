@@ -19,12 +19,12 @@ def work(folder: str) -> None:
         time.sleep(0.01)  # until the parent is gone
     as_worker()
     (Path(folder) / "lives").touch()
-    time.sleep(60)
+    time.sleep(60)  # were it to live, the test below would find it; it ends it too
 
 if __name__ == "__main__":
     multiprocessing.get_context("spawn").Process(target=work, args=(sys.argv[1],)).start()
     while not (Path(sys.argv[1]) / "pid").exists():
-        time.sleep(0.01)
+        time.sleep(0.01)  # between two looks; the caller's time-out decides
     os.kill(os.getpid(), 9)
 """
 
