@@ -34,7 +34,7 @@ from dist_trainer.run.step_sums import StepSums
 from dist_trainer.run.weights import Weights
 from dist_trainer.run_folder.environment import git_revision
 from dist_trainer.run_folder.folder import RunConfig, RunFolder
-from dist_trainer.run_folder.identity import find_run, identity
+from dist_trainer.run_folder.identity import check_allowed, find_run, identity
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema, EmaConfig
 from dist_trainer.tricks.sync_bn import synchronised
@@ -82,6 +82,7 @@ def prepare_run(config: TrainConfig, *, stem: str, world: World, terminal: Termi
 
 def choose_folder(config: RunConfig, stem: str, identity_keys: Mapping[str, Any]) -> tuple[str, str]:
     """(the run's folder, a line about a similar run or ""), as run.name says; on one rank."""
+    check_allowed(config.allow_change)
     root = Path(config.dir).expanduser()
     if config.name != "auto":
         return str(root / config.name), ""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dist_trainer.errors import UserError, nearest
+
 FREE: Final = "free"
 """How a run is evaluated, logged, saved, averaged, laid out in memory, or computed: may change at every start, and each
 change is said in a line. Weights stay the same, up to rounding for layout and engine."""
@@ -260,6 +262,13 @@ def _advice(root: Path, other: str, found: list[Change]) -> str:
         return f"a new run; {root / other} has other values: {differences}"
     keys = json.dumps([change.key for change in found])
     return f"a new run; to continue {root / other} with other values ({differences}): --run.allow_change '{keys}'"
+
+
+def check_allowed(keys: Collection[str]) -> None:
+    """Raises UserError for a key of run.allow_change that does not exist: it would begin a new run instead."""
+    for key in keys:
+        if row_of(key) is None:
+            raise UserError(f"run.allow_change: no key {key!r}{nearest(key, KEYS)}")
 
 
 def is_fixed(key: str) -> bool:

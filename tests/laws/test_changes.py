@@ -326,3 +326,10 @@ def test_what_a_run_cannot_begin_with_is_refused(train: Any, here: Path, argv: l
     assert "refused: " in line
     assert said in line.partition("refused: ")[2]
     assert not (here / "new").exists()
+
+
+def test_a_misspelt_allowed_key_is_refused_with_the_nearest(train: Any, here: Path) -> None:
+    """Mutation: it allows nothing, and another run begins from step 0."""
+    line = train("--duration=20step", allow("durations"))
+    assert "refused: run.allow_change: no key 'durations'; did you mean 'duration'?" in line
+    assert not new_folders(here)
