@@ -9,10 +9,8 @@ cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores >= NPROC ? cores / NPROC : 1))}
 # Without it, torchrun's restarts read the dead ranks' addresses.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# Ranks write here how they ended: torchrun knows 0 and 1 only.
-DIST_TRAINER_STATUS=$(mktemp); export DIST_TRAINER_STATUS
-trap 'rm -f "$DIST_TRAINER_STATUS"' EXIT
-torchrun --standalone --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-0}" -m dist_trainer "$@" &
+# torchrun, but it ends as its ranks do.
+dist-trainer agent --standalone --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-0}" -m dist_trainer "$@" &
 pid=$!
 trap 'kill -TERM "$pid" || :' TERM HUP USR1  # torchrun tells its ranks; of SIGUSR1 it would die
 trap : INT                                   # Ctrl-C reaches them by itself
@@ -20,5 +18,4 @@ while :; do  # wait returns early when a trap runs
   wait "$pid" && status=0 || status=$?
   kill -0 "$pid" 2>/dev/null || break
 done
-said=$(tail -n 1 "$DIST_TRAINER_STATUS")
-exit "${said:-$status}"
+exit "$status"

@@ -2,14 +2,13 @@
 
 import contextlib
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable
 from importlib import import_module
 from typing import NoReturn
 
-from dist_trainer.distributed.processes import status_of_rank
+from dist_trainer.distributed.processes import lost_contact, status_of_rank
 from dist_trainer.errors import EXIT_STATUS, LocalError, UserError, nearest
 
 USAGE = """usage: dist-trainer COMMAND ...
@@ -23,6 +22,7 @@ USAGE = """usage: dist-trainer COMMAND ...
   shards pack SOURCE OUT                    images -> tars and index; --help lists the kinds of SOURCE
   shards index URL... [--out NAME.dtx]      an index of existing tars (a folder, a brace pattern; local or URLs)
   shards check LOCATION [--level decode]    compare shards with their index; lists bad samples
+  agent ARGUMENTS                           torchrun that ends as its ranks do, for launch/ and slurm/
   ls, cp NAME TARGET                        the shipped configs and scripts
   ls models                                 networks with a short name, and their parameters
 
@@ -32,11 +32,13 @@ Several --config files merge left to right. --print_config shows the whole confi
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run one command and end the process, with a status of errors.EXIT_STATUS."""
+    alone, rank = False, f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     try:
         status = dispatch(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        if _is_main() or isinstance(error, LocalError):
-            _complain(f"dist-trainer: {error}")
+        alone = isinstance(error, LocalError)
+        if _is_main() or alone:
+            _complain(f"dist-trainer: {rank if alone else ''}{error}")
         status = EXIT_STATUS["mistake"]
     except KeyboardInterrupt:
         status = EXIT_STATUS["interrupted"]
@@ -46,13 +48,13 @@ def main(argv: list[str] | None = None) -> NoReturn:
         from dist_trainer.data.parallel import loader_fault
 
         line = loader_fault(error)
-        _complain(f"dist-trainer: {line}" if line else _fault(error))
-        status = EXIT_STATUS["mistake" if line else "fault"]
+        _complain(f"dist-trainer: {rank}{line}" if line else rank + _fault(error))
+        status, alone = EXIT_STATUS["mistake" if line else "fault"], True
     # Not sys.exit: after an error, other ranks may wait in a collective that interpreter shutdown would wait for too.
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed
             stream.flush()
-    os._exit(status_of_rank(status))
+    os._exit(status_of_rank(status, alone=alone))
 
 
 def _complain(line: str) -> None:
@@ -65,11 +67,7 @@ def _is_main() -> bool:
 
 
 def _fault(error: Exception) -> str:
-    rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-    text = str(error)
-    if isinstance(error, RuntimeError) and re.search(r"[Cc]onnection (closed|reset|refused)|Broken pipe|gloo", text):
-        return f"{rank}lost contact with another rank, which failed or was ended: {text.splitlines()[0]}"
-    return rank + "".join(traceback.format_exception(error))
+    return lost_contact(error) or "".join(traceback.format_exception(error))
 
 
 COMMANDS = {
@@ -79,6 +77,7 @@ COMMANDS = {
     "plan": "plan:command",
     "augment": "augment:command",
     "shards": "shards:command",
+    "agent": "agent:command",
     "ls": "shipped:list_shipped",
     "cp": "shipped:copy_shipped",
 }

@@ -8,21 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from dist_trainer.commands.ranks import ranks
 from dist_trainer.config.arguments import new_parser, parse_config, stem
 from dist_trainer.config.tree import TrainConfig
-from dist_trainer.data.parallel import loader_fault
 from dist_trainer.distributed.processes import StopRequest, status_of_rank
 from dist_trainer.distributed.watchdog import watched
 from dist_trainer.distributed.world import World
 from dist_trainer.engine.numerics import naming_operations
-from dist_trainer.errors import EXIT_STATUS, LocalError, UserError, first_line
+from dist_trainer.errors import EXIT_STATUS, UserError
 from dist_trainer.log.console import Terminal
+from dist_trainer.run.end import End
 from dist_trainer.run.start import build_run, prepare_run
 from dist_trainer.run.state import Run
-from dist_trainer.run.summary import finish_run, record_end, summary_rows
+from dist_trainer.run.summary import finish_run, summary_rows
 from dist_trainer.run_folder.folder import RunFolder
 from dist_trainer.train import RollBack, train
 
@@ -57,20 +55,26 @@ class Outcome:
 
 def train_run(config: TrainConfig, stem: str, world: World, terminal: Terminal) -> Outcome:
     """Train to the end, or to a signal (collective). Raises UserError for the user's mistakes."""
-    stop, resume_after, num_roll_backs = StopRequest(), 0, 0
+    stop, end, resume_after, num_roll_backs = StopRequest(), End(world), 0, 0
     rolled_back_to: Path | None = None
-    run: Run | None = None
-    stop.end_at_second(lambda: _end_at_once(run, stop.signal))
+    stop.end_at_second(lambda: _end_at_once(end, stop.signal))
     while True:
         prepared = prepare_run(config, stem=stem, world=world, terminal=terminal)
         if prepared.claim.is_complete:
             folder = prepared.claim.folder
             return Outcome(folder, folder.read_summary() or {}, was_complete=True)
-        run = build_run(prepared, config=config, world=world, terminal=terminal, stop=stop, resume_after=resume_after)
+        end.begins(prepared)
         try:
-            return _train(run)
+            run = build_run(
+                prepared, config=config, world=world, terminal=terminal, stop=stop, resume_after=resume_after
+            )
+            end.trains(run)
+            return _train(run, end)
         except RollBack as back:
             resume_after = back.step
+        except Exception as error:
+            end.record_error(error)
+            raise
         num_roll_backs = num_roll_backs + 1 if run.resumed_from == rolled_back_to else 1
         rolled_back_to = run.resumed_from
         gives_up = num_roll_backs > MAX_ROLL_BACKS
@@ -84,47 +88,19 @@ def train_run(config: TrainConfig, stem: str, world: World, terminal: Terminal) 
         terminal.say(f"step {resume_after}: the gradient was not finite: rolled back; continuing after this step")
 
 
-def _end_at_once(run: Run | None, name: str | None) -> NoReturn:
+def _train(run: Run, end: End) -> Outcome:
+    """Train, and finish the run."""
+    folder, hung = run.record.folder, partial(end.record_on_main, "fault")
+    with (
+        naming_operations(),
+        watched(run.config.run.timeout, run.world.rank, lambda: f"step {end.step}", folder.path / "stacks", hung),
+    ):
+        stopped_by = train(run)
+        return Outcome(folder, finish_run(run, "stopped" if stopped_by else "done", stopped_by), stopped_by)
+
+
+def _end_at_once(end: End, name: str | None) -> NoReturn:
     with contextlib.suppress(OSError, ValueError):
         print(f"{name}, the second signal: ended at once; the last checkpoint is whole", file=sys.stderr, flush=True)
-    if run is not None:
-        record_end(run, "interrupted", f"{name}, the second signal")
+    end.record_on_main("interrupted", f"{name}, the second signal")
     os._exit(status_of_rank(EXIT_STATUS["interrupted"]))
-
-
-def _train(run: Run) -> Outcome:
-    """Train, and finish the run. Whatever ends it otherwise is written into its folder."""
-
-    def where() -> str:
-        return f"step {run.progress.step}"
-
-    folder, world = run.record.folder, run.world
-    hung = partial(record_end, run, "fault")
-    try:
-        with naming_operations(), watched(run.config.run.timeout, world.rank, where, folder.path / "stacks", hung):
-            stopped_by = train(run)
-            return Outcome(folder, finish_run(run, "stopped" if stopped_by else "done", stopped_by), stopped_by)
-    except RollBack:
-        raise
-    except UserError as error:
-        record_end(run, "mistake", str(error))
-        raise
-    except Exception as error:
-        if line := _out_of_memory(run, error) or loader_fault(error):
-            record_end(run, "mistake", line)
-            raise LocalError(line) from None
-        record_end(run, "fault", f"{type(error).__name__}: {first_line(error)}")
-        raise
-
-
-def _out_of_memory(run: Run, error: Exception) -> str | None:
-    """One line if that is what `error` says: what did not fit, and what to change."""
-    if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator: can't allocate" not in str(error):
-        return None
-    size, batch = run.plan.micro_batch, run.plan.global_batch
-    smaller = ", ".join([str(n) for n in range(size - 1, 0, -1) if batch % n == 0][:4])
-    return (
-        f"rank {run.world.rank}, step {run.progress.step}: out of memory with micro-batches of {size} samples. Smaller "
-        f"ones that divide the batch ({smaller or 'there are none'}: --batch.micro_batch) need less, but make another "
-        "model, since they are batch-norm's groups; engine.zero above 0 needs less and changes nothing"
-    )

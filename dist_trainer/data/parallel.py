@@ -85,6 +85,12 @@ def loader_fault(error: BaseException) -> str | None:
     return None
 
 
+def ignore_dead_loaders() -> None:
+    """From now on: torch's handler raises the death of a loader process in whatever this thread does at the time."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def start_resource_tracker() -> None:
     """Start multiprocessing's helper so that it survives SIGUSR1 and SIGHUP, as it does SIGTERM and SIGINT.
 

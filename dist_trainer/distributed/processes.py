@@ -4,15 +4,18 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dist_trainer.errors import EXIT_STATUS
+from dist_trainer.errors import EXIT_STATUS, first_line
 
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+STATUS_FILE = "DIST_TRAINER_STATUS"
+"""The variable that names the file into which ranks write how they ended."""
 SECOND_AFTER_S = 2.0
 """A signal this long after the first is a second one: torchrun and Slurm each deliver the first, in milliseconds."""
 
@@ -26,19 +29,27 @@ def launched_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def status_of_rank(status: int) -> int:
-    """The exit status for this process, given that of its command.
+def status_of_rank(status: int, *, alone: bool = False) -> int:
+    """The exit status for this process, given that of its command. `alone`: other ranks do not end for this reason.
 
-    A rank that ends with another one than 0 is started again by torchrun, or reported in 25 lines. So an orderly stop
-    ends with 0; and where launch/local.sh named a file for the true status, so does all but a fault.
+    torchrun starts a rank again that ends with another one than 0, and ends the others. So an orderly stop is 0; and
+    where commands/agent.py named a file for the true status, so is whatever all ranks end with.
     """
-    if not launched_by_torchrun() or status == EXIT_STATUS["fault"]:
+    if not launched_by_torchrun():
         return status
-    if file := os.environ.get("DIST_TRAINER_STATUS"):
+    if file := os.environ.get(STATUS_FILE):
         with Path(file).open("a") as out:
-            out.write(f"{status}\n")
-        return 0
+            out.write(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} {status}\n")
+        return status if alone or status == EXIT_STATUS["fault"] else 0
     return 0 if status == EXIT_STATUS["stopped"] else status
+
+
+def lost_contact(error: Exception) -> str | None:
+    """One line if `error` says that another rank is gone. What ended that one is the cause, and is said there."""
+    words = r"[Cc]onnection (closed|reset|refused)|Broken pipe|gloo"
+    if not isinstance(error, RuntimeError) or not re.search(words, str(error)):
+        return None
+    return f"lost contact with another rank, which failed or was ended: {first_line(error)}"
 
 
 def die_with_parent(signum: int) -> None:

@@ -14,7 +14,7 @@ from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-define
 from torch.distributed.rendezvous import rendezvous
 
 from dist_trainer.distributed.processes import cores, die_with_parent, launched_by_torchrun
-from dist_trainer.errors import UserError
+from dist_trainer.errors import LocalError
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def init_world(timeout_s: float = 660.0) -> World:
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise UserError(
+            raise LocalError(
                 f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}. "
                 f"Paste: torchrun --nproc-per-node {torch.cuda.device_count()}"
             )

@@ -19,7 +19,7 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from dist_trainer.engine.optimizer_state import check_names, decode, encode
+from dist_trainer.engine.optimizer_state import check_complete, check_names, decode, encode
 from dist_trainer.tensors import State
 
 
@@ -136,3 +136,10 @@ def set_optimizer_state(engine: Any, stage: int, state: State, rank: int) -> Non
                 safe_set_full_optimizer_state(parameter, value, key)
             else:  # the library's own setter forgets that the last partition is padded
                 safe_set_local_optimizer_state(parameter, cut(value, parameter, rank), key)
+    if kinds:
+        part = partitions(engine, stage)[0]
+        one = {
+            key: value[:1] if torch.is_tensor(value) and value.dim() else value
+            for key, value in base.state[part].items()
+        }
+        check_complete(base, part[:1], one)

@@ -4,6 +4,7 @@
 `step@group/conv.weight` is kept in the parameter group that begins with conv.weight (timm's LAMB).
 """
 
+import collections
 import copy
 from collections.abc import Mapping
 from typing import Any
@@ -88,6 +89,28 @@ def set_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: State) 
                 short, restored = decode(key.removesuffix(_GROUP), like.copy_(value))
                 (saved if key.endswith(_GROUP) else own)[short] = restored
     optimizer.load_state_dict(whole)
+    if stateful := [parameter for parameter in names if optimizer.state.get(parameter)]:
+        smallest = min(stateful, key=lambda parameter: parameter.numel())
+        check_complete(optimizer, smallest, optimizer.state[smallest])
+
+
+def check_complete(optimizer: torch.optim.Optimizer, weight: torch.Tensor, state: Mapping[str, Any]) -> None:
+    """Raises UserError if `state`, restored for `weight`, lacks what the optimizer keeps now: adam's `amsgrad` was
+    switched on, say. Only an update tells, so a copy gets one, from a gradient of zero.
+    """
+    twin = nn.Parameter(weight.detach().clone())
+    twin.grad = torch.zeros_like(twin)
+    probe = copy.copy(optimizer)
+    probe.__dict__.update({name: value for name, value in vars(optimizer).items() if name not in vars(probe)})
+    probe.state = collections.defaultdict(dict, {twin: {key: copy.deepcopy(value) for key, value in state.items()}})
+    probe.param_groups = [{**copy.deepcopy({**optimizer.param_groups[0], "params": None}), "params": [twin]}]
+    try:
+        probe.step()
+    except KeyError as missing:
+        raise UserError(
+            f"optimizer.args: {type(optimizer).__name__} needs {missing} of the steps before, which the "
+            "checkpoint does not have; set them as they were, or begin a new run with run.start_from"
+        ) from None
 
 
 def check_names(model: nn.Module, state: State) -> None:

@@ -74,7 +74,7 @@ def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
     try:
         if not library:
             check_args("model", config.name, builder, args)
-        return builder(**args)
+        model = builder(**args)
     except Exception as error:
         for arg, rate in rates.items():
             if f"argument '{arg}'" in str(error):
@@ -83,6 +83,9 @@ def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
             raise  # reported already; or a fault in the user's own code, whose traceback tells more
         kind = "" if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: "
         raise UserError(f"model.args: {config.name}: {kind}{first_line(error)}") from None
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model.name: {config.name} gives a {type(model).__name__}, where a torch.nn.Module belongs")
+    return model
 
 
 def _builder(name: str) -> tuple[str, Builder]:

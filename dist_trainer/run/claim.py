@@ -34,6 +34,11 @@ class Claim:
     scored_on: str | None
     """The fingerprint of the validation set that the run was last started with; None in a new folder."""
 
+    @property
+    def step(self) -> int:
+        """Where the run goes on."""
+        return 0 if self.checkpoint is None else checkpoint.step_of(self.checkpoint)
+
 
 def claim_or_initialise(
     config: TrainConfig,

@@ -1,12 +1,12 @@
 """The end of a run: summary.json, STATE, and the table that a person reads."""
 
-import contextlib
 import time
 from typing import Any
 
 from dist_trainer.distributed.collectives import on_main
 from dist_trainer.errors import plural
 from dist_trainer.log.tracker import SCORES
+from dist_trainer.plan import Plan
 from dist_trainer.run.advice import keys_to_turn
 from dist_trainer.run.state import Run
 from dist_trainer.run_folder.environment import git_revision
@@ -23,7 +23,7 @@ def finish_run(run: Run, state: State, reason: str | None = None) -> dict[str, A
     record, progress = run.record, run.progress
     seconds = time.perf_counter() - record.started
     summary: dict[str, Any] = {
-        **_end(run, state, reason),
+        **how_it_ends(state, reason, progress.step, run.plan),
         "skipped": progress.skipped,
         "changes": record.folder.read_changes() if run.world.is_main else [],
         "final": progress.last,
@@ -46,19 +46,9 @@ def finish_run(run: Run, state: State, reason: str | None = None) -> dict[str, A
     return summary
 
 
-def record_end(run: Run, state: State, reason: str) -> None:
-    """Rank 0 alone: write how the run ended, unless that is written already. Other ranks may hang or be gone."""
-    folder = run.record.folder
-    with contextlib.suppress(OSError):  # the disk may be what failed
-        if run.world.is_main and folder.read_state() == "running":
-            folder.write_summary(_end(run, state, reason))
-            folder.write_state(state)
-            folder.release()
-
-
-def _end(run: Run, state: State, reason: str | None) -> dict[str, Any]:
-    step = run.progress.step
-    return {"state": state, "reason": reason, "steps": step, "epochs": run.plan.epoch(step)}
+def how_it_ends(state: State, reason: str | None, step: int, plan: Plan) -> dict[str, Any]:
+    """The first keys of summary.json, which are there at any end."""
+    return {"state": state, "reason": reason, "steps": step, "epochs": plan.epoch(step)}
 
 
 def _diagnosis(run: Run) -> dict[str, Any] | None:

@@ -68,6 +68,10 @@ def _steps(root: Path) -> list[Path]:
     return sorted((p for p in root.glob("step_*") if p.is_dir()), reverse=True) if root.is_dir() else []
 
 
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
 def complete(root: Path) -> list[Path]:
     """The checkpoints under `root` that have all their files, newest first."""
     return [folder for folder in _steps(root) if not fault(folder, digests=False)]

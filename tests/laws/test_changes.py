@@ -102,9 +102,12 @@ def test_no_key_of_evaluation_logging_or_saving_changes_a_weight(train: Any, her
     assert not new_folders(here)
 
 
-@pytest.mark.parametrize("key", sorted(set(ROUNDED) - {"engine.compile"}))
+COMPILE = pytest.param("engine.compile", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("key", [*sorted(set(ROUNDED) - {"engine.compile"}), COMPILE])
 def test_layout_and_engine_change_weights_by_rounding_alone(train: Any, here: Path, key: str) -> None:
-    """4 steps in float32: within 1e-5 of weights of about 1. engine.compile is tested with the engine."""
+    """4 steps in float32: within 1e-5 of weights of about 1."""
     train(*SHORT, "--run.dir=a")
     train(*SHORT, "--run.dir=b", f"--{key}={ROUNDED[key]}")
     (plain,), (other,) = (here / "a").iterdir(), (here / "b").iterdir()
@@ -175,7 +178,7 @@ def test_an_extended_run_that_is_killed_is_not_complete(train: Any, here: Path) 
     wait_for_step(session, here / "a" / "run", max(metrics(here / "a" / "run", "step")) + 2)
     session.process.terminate()
     assert session.wait(60) == 3
-    assert "complete" not in session.log.read_text()
+    assert "run: complete" not in session.log.read_text()
 
 
 def test_another_rate_holds_from_the_checkpoint_on(train: Any, here: Path) -> None:
@@ -221,6 +224,21 @@ def test_what_a_run_cannot_change_is_refused(train: Any, here: Path) -> None:
     """Mutation: the order of samples changes under a checkpoint."""
     line = train("--batch.global_batch=32", f"--run.name={OLD}", allow("batch.global_batch"))
     assert f"refused: runs/{OLD} was started with other values, which a run cannot change: batch.global_batch" in line
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_an_argument_that_needs_the_state_of_former_steps_is_refused(train: Any, here: Path, zero: int) -> None:
+    """In one line, before the folder changes; one that needs none is taken. Mutation: torch's KeyError at the step."""
+    adam = ["--optimizer.name=adam", f"--engine.zero={zero}", "--run.dir=a", "--run.name=run", "--lr.peak=0.001"]
+    train(*SHORT, *adam, "--optimizer.args={}")
+    before = (here / "a" / "run" / "config.yaml").read_bytes()
+    longer = [*SHORT, "--duration=8step", *adam]
+    args = "optimizer.args", "optimizer.args.amsgrad", "optimizer.args.eps"
+    line = train(*longer, "--optimizer.args={amsgrad: true}", allow("duration", *args))
+    assert "refused: optimizer.args: Adam needs 'max_exp_avg_sq' of the steps before" in line
+    assert (here / "a" / "run" / "config.yaml").read_bytes() == before
+    assert (here / "a" / "run" / "STATE").read_text() == "done\n"
+    assert "from step 4: " in train(*longer, "--optimizer.args={eps: 1.0e-6}", allow("duration", *args))
 
 
 def test_a_new_run_says_how_to_continue_a_similar_one(train: Any, here: Path) -> None:

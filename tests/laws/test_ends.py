@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 from running import RANKS, ROOT, Session, newest, tensors, torchrun
 
+from dist_trainer.commands.agent import first_of_last_attempt
 from dist_trainer.data.parallel import loader_fault
 from dist_trainer.distributed.processes import SECOND_AFTER_S
 from dist_trainer.errors import LocalError
@@ -167,6 +169,29 @@ def test_a_metrics_file_that_cannot_be_written_says_so_in_a_line(tmp_path: Path)
         file.write(1, {"train/loss": 1.0})
 
 
+def test_a_save_that_fails_costs_one_line(here: Path) -> None:
+    """No file may have more than 4 KiB, as on a disk that is full: the weights need 8. Mutation: a traceback."""
+    session = Session(["bash", "-c", 'ulimit -f 4; exec "$@"', "-", *command()], here / "log", folder=here)
+    assert session.wait(60) == 2
+    state, reason = end_of(here)
+    assert state == "mistake"
+    assert re.fullmatch(r"cannot save runs/run/\S+: .*File too large.*; earlier checkpoints are whole", reason)
+    assert session.log.read_text().splitlines()[-1] == f"dist-trainer: {reason}"
+
+
+def test_an_error_between_a_killed_run_and_the_first_step_is_its_end(here: Path) -> None:
+    """STATE still says running, of the attempt before. Mutation: only the training itself is watched."""
+    session = started(here, command(*LONG, "--checkpoint.every=1step"))
+    wait_for(here / "runs" / "run" / "checkpoints" / "step_00000004" / "MANIFEST.json", session)
+    session.kill()
+    assert (here / "runs" / "run" / "STATE").read_text() == "running\n"
+    session = Session(command("--duration=3step", '--run.allow_change=["duration"]'), here / "log", folder=here)
+    assert session.wait(60) == 2
+    state, reason = end_of(here)
+    assert state == "mistake"
+    assert reason.startswith("duration: 3step ends at step 3, and the run stands at step ")
+
+
 def test_a_killed_loader_process_costs_one_line(here: Path) -> None:
     """As by the kernel, for want of memory. Mutation: torch's traceback, and status 1."""
     session = started(here, command(*LONG, "--data.workers=1"))
@@ -227,7 +252,50 @@ def test_local_sh_ends_as_its_ranks_do(here: Path) -> None:
     assert session.wait(120) == 2
     assert end_of(here)[0] == "mistake"
     assert session.log.read_text().splitlines()[-1].startswith("dist-trainer: stopped after step ")
-    assert "ChildFailedError" not in session.log.read_text()
+    assert not re.search("ChildFailedError|Traceback", session.log.read_text())
+
+
+def test_a_mistake_that_one_rank_meets_is_the_end_of_all(here: Path) -> None:
+    """The loader process of rank 1 is killed: that is the reason, the status and the line, though rank 0 only knows
+    that it lost contact. Mutations: that rank ends with 0, for which NCCL's others wait; rank 0 alone writes STATE.
+    """
+    session = local(here, *LONG, "--data.workers=1")
+    wait_for(here / "runs" / "run" / "metrics.jsonl", session)
+    parents = {pid: parent_of(pid) for pid, line in session.pids().items() if "spawn_main" in line}
+    (worker,) = [pid for pid, parent in parents.items() if variable(parent, "RANK") == "1"]
+    os.kill(worker, signal.SIGKILL)
+    assert session.wait(60) == 2
+    assert not session.left_after(15), session.left_after(0)
+    line = "a loader process was killed, most likely for want of memory: set fewer data.workers, or 0"
+    assert end_of(here) == ("mistake", line)
+    log = session.log.read_text()
+    assert f"dist-trainer: [rank 1] {line}" in log.splitlines()
+    assert not re.search("ChildFailedError|Traceback", log)
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def variable(pid: int, name: str) -> str | None:
+    """Of a process's environment."""
+    pairs = [pair.partition("=") for pair in Path(f"/proc/{pid}/environ").read_text().split("\0")]
+    return next((value for key, _, value in pairs if key == name), None)
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ("", 1),
+        ("0 3\n0 3\n", 3),
+        ("0 2\n0 1\n", 2),  # a rank's mistake, and another one that lost contact with it
+        ("0 2\n0 1\n1 3\n1 3\n", 3),  # then torchrun started them again
+        ("0 3\n0 0\n1 1\n", 1),
+    ],
+)
+def test_the_first_end_of_the_last_attempt_is_that_of_all(said: str, status: int) -> None:
+    """Mutations: the last line; the first of all."""
+    assert first_of_last_attempt(said, otherwise=1) == status
 
 
 def test_a_loader_that_dies_while_it_hands_over_is_known_by_the_place() -> None:

@@ -72,6 +72,6 @@ def test_too_little_memory_names_the_micro_batch_and_smaller_ones(fashion: list[
     session = Session(argv, tmp_path / "log")
     assert session.wait() == 2
     (line,) = [line for line in session.log.read_text().splitlines() if line.startswith("dist-trainer:")]
-    assert "rank 0, step 2: out of memory with micro-batches of 16 samples" in line
+    assert "step 2: out of memory with micro-batches of 16 samples" in line
     assert "(8, 4, 2, 1: --batch.micro_batch)" in line
     assert "Traceback" not in session.log.read_text()

@@ -270,6 +270,12 @@ def test_arguments_reach_the_short_names_too() -> None:
     assert built("mobilenet_v3_large", args={"width_mult": 0.5}).features[0][0].out_channels == 8
 
 
+def test_a_name_that_builds_no_module_is_refused() -> None:
+    """Mutation: whatever it is goes on to where named_modules is asked for."""
+    text = refusal("collections:Counter")
+    assert text == "model.name: collections:Counter gives a Counter, where a torch.nn.Module belongs"
+
+
 # Images
 
 

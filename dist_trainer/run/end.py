@@ -1,0 +1,81 @@
+"""The end of a run that does not come to `finish_run`: recorded in its folder, whatever it is and whenever it comes."""
+
+import contextlib
+
+import torch
+
+from dist_trainer.data.parallel import ignore_dead_loaders, loader_fault
+from dist_trainer.distributed.processes import lost_contact
+from dist_trainer.distributed.world import World
+from dist_trainer.errors import LocalError, UserError, first_line
+from dist_trainer.plan import Plan
+from dist_trainer.run.start import PreparedRun
+from dist_trainer.run.state import Run
+from dist_trainer.run.summary import how_it_ends
+from dist_trainer.run_folder.folder import RunFolder, State
+
+
+class End:
+    """On one rank, of the run that `begins` names. Other ranks may hang or be gone."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._folder: RunFolder | None = None
+        self._plan: Plan | None = None
+        self._step = 0
+        self._run: Run | None = None
+
+    def begins(self, prepared: PreparedRun) -> None:
+        self._folder, self._plan, self._step = prepared.claim.folder, prepared.blueprint.plan, prepared.claim.step
+        self._run = None
+
+    def trains(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def step(self) -> int:
+        return self._step if self._run is None else self._run.progress.step
+
+    def record(self, state: State, reason: str) -> None:
+        """Write summary.json and STATE, unless an end is there already, and leave the folder."""
+        if self._folder is None or self._plan is None:
+            return
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            if self._folder.read_state() == "running":
+                self._folder.write_summary(how_it_ends(state, reason, self.step, self._plan))
+                self._folder.write_state(state)
+            if self._world.is_main:
+                self._folder.release()
+
+    def record_on_main(self, state: State, reason: str) -> None:
+        if self._world.is_main:
+            self.record(state, reason)
+
+    def record_error(self, error: Exception) -> None:
+        """The rank that meets an error alone records it: the others only lose contact, later.
+
+        Raises LocalError for what the user can mend.
+        """
+        ignore_dead_loaders()  # which may be what ended the run
+        if isinstance(error, UserError):
+            (self.record if isinstance(error, LocalError) else self.record_on_main)("mistake", str(error))
+        elif line := self._out_of_memory(error) or loader_fault(error):
+            self.record("mistake", line)
+            raise LocalError(line) from None
+        elif line := lost_contact(error):
+            self.record_on_main("fault", line)
+        else:
+            self.record("fault", f"{type(error).__name__}: {first_line(error)}")
+
+    def _out_of_memory(self, error: Exception) -> str | None:
+        """One line if that is what `error` says: what did not fit, and what to change."""
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator: can't allocate" not in str(error):
+            return None
+        assert self._plan is not None, "nothing large before"
+        size, batch = self._plan.micro_batch, self._plan.global_batch
+        smaller = ", ".join([str(n) for n in range(size - 1, 0, -1) if batch % n == 0][:4])
+        return (
+            f"step {self.step}: out of memory with micro-batches of {size} samples. Smaller "
+            f"ones that divide the batch ({smaller or 'there are none'}: --batch.micro_batch) need less, but make "
+            "another model, since they are batch-norm's groups; engine.zero above 0 needs less and changes nothing"
+        )
