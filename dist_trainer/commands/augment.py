@@ -30,9 +30,10 @@ def command(argv: list[str]) -> int:
     config, values = parse_config(parser, argv)
     out = Path(values.out).expanduser()
     try:
-        print(augment_grid(config, values.samples, out))
+        line = augment_grid(config, values.samples, out)
     except (OSError, ValueError) as error:
         raise UserError(f"--out: {out}: {error}") from None
+    print(line)
     return 0
 
 

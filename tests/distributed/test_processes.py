@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dist_trainer.distributed.processes import status_of_rank
+
 SCRIPT = """
 import multiprocessing, os, sys, time
 from pathlib import Path
@@ -47,6 +49,23 @@ def test_a_worker_whose_parent_died_while_it_started_ends(tmp_path: Path) -> Non
         os.kill(pid, 9)
     assert ended
     assert not (tmp_path / "lives").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "alone", "for_torchrun", "said"),
+    [(0, False, 0, 0), (3, False, 0, 3), (2, False, 0, 2), (130, False, 0, 130), (2, True, 2, 2), (1, True, 1, 1)],
+)
+def test_a_rank_ends_with_0_where_all_end_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, alone: bool, for_torchrun: int, said: int
+) -> None:
+    """And says its true status. Alone with its reason it must not: others wait for it in a collective until torchrun
+    ends them. Mutation: 0 for every mistake.
+    """
+    for name, value in (("RUN_ID", "x"), ("RESTART_COUNT", "2")):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("DIST_TRAINER_STATUS", str(tmp_path / "status"))
+    assert status_of_rank(status, alone=alone) == for_torchrun
+    assert (tmp_path / "status").read_text() == f"2 {said}\n"
 
 
 def _lives(pid: int) -> bool:

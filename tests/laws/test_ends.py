@@ -150,14 +150,34 @@ def test_no_moment_to_close_stdout_hangs(here: Path) -> None:
         assert (here / f"runs-{number}" / "run" / "STATE").read_text() == "done\n"
 
 
-def test_another_command_ends_when_stdout_is_closed(here: Path) -> None:
-    """`plan | head -0`. Mutation: flush what cannot be flushed, which raises after all was handled."""
-    argv = [sys.executable, "-m", "dist_trainer", "plan", "small.yaml"]
-    process = subprocess.Popen(argv, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.close()
-    assert process.wait(60) in (0, 1)
-    assert b"Traceback" not in process.stderr.read()
+SLOWLY = [pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    "command_line",
+    [
+        "plan small.yaml",
+        pytest.param("eval runs/small-3cb02d9e --data.workers 1", marks=SLOWLY),
+        pytest.param("average runs/small-3cb02d9e --top_k 2", marks=SLOWLY),
+        pytest.param("augment small.yaml --samples 2 --out picture.png", marks=SLOWLY),
+        pytest.param("shards index data/train", marks=SLOWLY),
+        pytest.param("shards check data/train --level decode", marks=SLOWLY),
+        pytest.param("ls models", marks=SLOWLY),
+        pytest.param("train --help", marks=SLOWLY),
+    ],
+)
+def test_another_command_ends_when_stdout_is_closed(here: Path, command_line: str) -> None:
+    """At once, and after some lines. Mutation: flush what cannot be flushed, which raises after all was handled."""
+    shutil.copytree(ROOT / "tests" / "fixtures" / "81fd9c4" / "runs", here / "runs")
+    for num_lines in (0, random.randrange(1, 4)):
+        argv = [sys.executable, "-m", "dist_trainer", *command_line.split()]
+        process = subprocess.Popen(argv, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout is not None and process.stderr is not None
+        for _ in range(num_lines):
+            process.stdout.readline()
+        process.stdout.close()
+        status, said = process.wait(60), process.stderr.read().decode()
+        assert status in (0, 1) and not re.search("Traceback|dist-trainer: ", said), said
 
 
 def test_a_metrics_file_that_cannot_be_written_says_so_in_a_line(tmp_path: Path) -> None:
