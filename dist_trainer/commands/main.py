@@ -45,8 +45,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:
         status = EXIT_STATUS["fault"]
     except Exception as error:
-        from dist_trainer.data.parallel import loader_fault
+        from dist_trainer.data.parallel import loader_fault, silence_loaders
 
+        silence_loaders()
         line = loader_fault(error)
         _complain(f"dist-trainer: {rank}{line}" if line else rank + _fault(error))
         status, alone = EXIT_STATUS["mistake" if line else "fault"], True

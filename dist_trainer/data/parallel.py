@@ -85,10 +85,16 @@ def loader_fault(error: BaseException) -> str | None:
     return None
 
 
-def ignore_dead_loaders() -> None:
-    """From now on: torch's handler raises the death of a loader process in whatever this thread does at the time."""
+def silence_loaders() -> None:
+    """At the end of a program, after an error: torch has no more to say of loader processes.
+
+    Its handler would raise a death in whatever this thread does at the time; a loader that was never whole complains
+    when it is collected.
+    """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    others = sys.unraisablehook
+    sys.unraisablehook = lambda found: None if "DataLoaderIter" in str(found.object) else others(found)
 
 
 def start_resource_tracker() -> None:

@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from dist_trainer.data.parallel import ignore_dead_loaders, loader_fault
+from dist_trainer.data.parallel import loader_fault, silence_loaders
 from dist_trainer.distributed.processes import lost_contact
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import LocalError, UserError, first_line
@@ -56,7 +56,7 @@ class End:
 
         Raises LocalError for what the user can mend.
         """
-        ignore_dead_loaders()  # which may be what ended the run
+        silence_loaders()
         if isinstance(error, UserError):
             (self.record if isinstance(error, LocalError) else self.record_on_main)("mistake", str(error))
         elif line := self._out_of_memory(error) or loader_fault(error):
