@@ -1,6 +1,7 @@
 """The end of a run that does not come to `finish_run`: recorded in its folder, whatever it is and whenever it comes."""
 
 import contextlib
+import traceback
 
 import torch
 
@@ -60,6 +61,7 @@ class End:
         if isinstance(error, UserError):
             (self.record if isinstance(error, LocalError) else self.record_on_main)("mistake", str(error))
         elif line := self._out_of_memory(error) or loader_fault(error):
+            traceback.clear_frames(error.__traceback__)  # frees memory, and the descriptors that a file needs
             self.record("mistake", line)
             raise LocalError(line) from None
         elif line := lost_contact(error):
