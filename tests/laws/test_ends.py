@@ -226,13 +226,21 @@ def test_a_killed_loader_process_costs_one_line(here: Path) -> None:
 
 @pytest.mark.parametrize("limit", [18, 26])
 def test_too_few_descriptors_cost_one_line(here: Path, limit: int) -> None:
-    """Before the first process, or for the next one. Mutation: torch's complaint of a loader that was never whole."""
+    """In the first process, or for the next one. With 18, some machines cannot even read the data: a line too.
+
+    Mutation: torch's complaint of a loader that was never whole.
+    """
     line = f'ulimit -n {limit}; exec "$@"'
     session = Session(["bash", "-c", line, "-", *command("--data.workers=4")], here / "log", folder=here)
     assert session.wait(60) == 2
+    said = session.log.read_text()
     line = f"ulimit -n is {limit}, too few open files for loader processes: raise it, or set data.workers: 0"
-    assert end_of(here) == ("mistake", line)
-    assert session.log.read_text().splitlines()[-1] == f"dist-trainer: {line}"
+    if (here / "runs").exists():
+        assert end_of(here) == ("mistake", line)
+    assert said.splitlines()[-1] == f"dist-trainer: {line}" or re.search(
+        "^dist-trainer: data.* Too many open files$", said
+    )
+    assert not re.search("Traceback|AttributeError", said)
 
 
 @pytest.mark.parametrize(
