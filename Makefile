@@ -1,4 +1,5 @@
 # make demo    install, prepare Fashion-MNIST, train on it with as many ranks as this machine has devices (2 at most)
+# make same-bits    one config on 1, 2, 3 and 4 ranks: the digests of its weights
 # make test    install what tests need, lint, types, tests (12 minutes at most);  make test-slow: the long proofs
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -18,7 +19,7 @@ if ! echo '#include <stdio.h>\n#include <jpeglib.h>' | sed 's/\\n/\n/' | cc -E -
   else echo "region decode of JPEGs will not be built: no C compiler or no jpeglib.h (Debian: gcc libjpeg-dev)"; fi; fi
 endef
 
-.PHONY: install test-needs demo test test-slow lint data
+.PHONY: install test-needs demo same-bits test test-slow lint data
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -60,6 +61,9 @@ ifdef FRESH
 	rm -rf $(RUNS)
 endif
 	@launch=$$(pwd)/launch/local.sh; PATH="$$(pwd)/$(BIN):$$PATH" "$$launch" train $(CONFIG) --run.dir $(RUNS)
+
+same-bits: install data
+	@$(BIN)/python benchmarks/same_bits.py --quick
 
 lint: test-needs
 	$(BIN)/ruff check .

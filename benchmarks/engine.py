@@ -1,5 +1,7 @@
 """Step time of our loop at ZeRO 0 to 3, and on torch's DDP, against a bare DDP loop: same model, data, precision.
 
+Rows of exact sums (engine.sums: exact) are held against fast ones at the same stage.
+
     python benchmarks/engine.py [--quick] [--json FILE] [--ranks 2] [--rounds N]
 
 The bare loop is what one writes without a library: normalise, forward under autocast, loss, backward, SGD step, clear.
@@ -91,7 +93,7 @@ def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[in
 
         return steps
 
-    def ours(backend: str, zero: int) -> Callable[[int], None]:
+    def ours(backend: str, zero: int, sums: str = "fast") -> Callable[[int], None]:
         plan = make_plan(
             BatchConfig(global_batch=size * world.size, micro_batch=size),
             Duration.parse("1000000step", "duration"),
@@ -100,7 +102,7 @@ def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[in
         )
         model = build_model(config, 10, 0)
         engine = build_engine(
-            EngineConfig(backend=backend, zero=zero, precision=precision),  # type: ignore[arg-type]
+            EngineConfig(backend=backend, zero=zero, precision=precision, sums=sums),  # type: ignore[arg-type]
             model=model,
             optimizer=build_optimizer(optimizer, model, 0.01, zero),
             loss=build_loss(LossConfig(label_smoothing=0.1)),
@@ -118,13 +120,14 @@ def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[in
             record=SimpleNamespace(meter=meter, bad_samples=bad_samples),
             sums=StepSums(
                 plan=plan,
-                batch_norm=RunningStatistics(engine.module),
+                batch_norm=RunningStatistics(engine.module, engine.is_exact),
                 ema=None,
                 meter=meter,
                 bad_samples=bad_samples,
                 listing=Path(os.devnull),
                 stop_request=StopRequest(),
                 world=world,
+                is_exact=engine.is_exact,
             ),
             progress=Progress(),
         )
@@ -142,6 +145,7 @@ def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[in
 
     sides = {"bare DDP": bare(), "ours, DDP": ours("torch", 0)}
     sides |= {f"ours, ZeRO {zero}": ours("deepspeed", zero) for zero in (0, 1, 2, 3)}
+    sides |= {f"exact, ZeRO {zero}": ours("deepspeed", zero, "exact") for zero in (0, 1, 2)}
     dist.barrier()
     return sides
 
@@ -166,7 +170,8 @@ def measure(arguments: argparse.Namespace) -> Figures:
                     if round_number:  # the first round warms up
                         times[side].append((time.perf_counter() - start) / count)
             for side in list(sides)[1:]:
-                ours, peer = statistics.median(times[side]), statistics.median(times["bare DDP"])
+                other = side.replace("exact", "ours") if side.startswith("exact") else "bare DDP"
+                ours, peer = statistics.median(times[side]), statistics.median(times[other])
                 results[f"{name}, {precision}, {side}"] = figure(ours, peer)
             del sides
     if world.is_main:
@@ -174,7 +179,7 @@ def measure(arguments: argparse.Namespace) -> Figures:
     if world.is_main and SMOKE:
         print(f"ran: {'; '.join(results)}")
     elif world.is_main:
-        print(f"{'':<38}{'ours ms':>9}{'bare DDP ms':>13}{'ratio':>8}")
+        print(f"{'':<38}{'ours ms':>9}{'peer ms':>13}{'ratio':>8}")
         for key, r in results.items():
             print(f"{key:<38}{r['ours'] * 1e3:>9.2f}{r['peer'] * 1e3:>13.2f}{r['ratio']:>8.3f}")
         save(arguments.json, results)

@@ -1,6 +1,7 @@
 """Tensors by name: what engines, averages and checkpoints hand to each other."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -13,6 +14,23 @@ State = dict[str, torch.Tensor]
 def not_finite(state: State) -> str | None:
     """The name of the first tensor with a NaN or an infinity, or None."""
     return next((name for name, value in state.items() if not value.isfinite().all()), None)
+
+
+def sha256(state: State) -> str:
+    """A digest over names, types, shapes and bytes: equal for equal weights, wherever they are and however laid out."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {kind(value)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def bit_sums(values: Iterable[torch.Tensor]) -> torch.Tensor:
+    """int64 [n]: a sum of each tensor's bits, which a single wrong bit changes. One pass, on the tensors' device."""
+    flat = (value.detach().contiguous().reshape(-1) for value in values)
+    as_integers = (each.view(torch.int32 if each.element_size() == 4 else torch.uint8) for each in flat)
+    return torch.stack([each.sum(dtype=torch.int64) for each in as_integers])
 
 
 def kind(value: torch.Tensor) -> str:

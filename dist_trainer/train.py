@@ -57,7 +57,7 @@ def train_step(run: Run, step: int, batches: Iterator[Batch]) -> None:
     for batch in record.meter.timed(batches):
         run.sums.add(learner.engine.forward_backward(batch), batch)
     applied = learner.engine.step()  # never with a gradient that is not finite
-    run.sums.exchange(applied)  # asynchronous: collects the sum of the step before
+    run.sums.exchange(applied, learner.engine.take_beyond())  # asynchronous: collects the sum of the step before
     if learner.ema is not None and applied:
         learner.ema.update()
     if not record.bad_samples.outage:  # otherwise this step is repeated later, with its data
@@ -75,6 +75,7 @@ def training_metrics(run: Run) -> dict[str, float | int | None]:
         "train/skipped": progress.skipped,
         **({"ema/decay": learner.ema.decay} if learner.ema is not None else {}),
         "data/bad": run.record.bad_samples.num_bad,
+        **({"train/beyond": run.sums.num_beyond} if learner.engine.is_exact else {}),
     }
 
 
@@ -106,6 +107,7 @@ def save(run: Run) -> None:
     """Commit a checkpoint of this very step (collective)."""
     learner, record, progress = run.learner, run.record, run.progress
     with run.paused("save"):
+        learner.weights.check_ranks()
         learner.batch_norm.publish()
         tensors = {"model": learner.weights.state(), "optim": learner.engine.optimizer_state()}
         if learner.ema is not None:
@@ -115,6 +117,7 @@ def save(run: Run) -> None:
         state: dict[str, Any] = {
             **record.facts,
             **progress.as_dict(run.plan),
+            "beyond": run.sums.num_beyond,
             "meter": record.meter.state(),
             "bad_samples": record.bad_samples.state(),
         }

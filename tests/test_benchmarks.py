@@ -17,11 +17,12 @@ SCRIPTS = {
     # name: sides that must be named as having run
     "augment": ["crop, decoded and resized", "autoaugment", "grid_mask"],
     "averaging": ["EMA, ZeRO 0, against timm's ModelEmaV3", "EMA, ZeRO 3", "PreciseBN, against fvcore"],
-    "engine": ["demo, bf16, ours, DDP", "demo, bf16, ours, ZeRO 3", "resnet18_64px, bf16, ours, ZeRO 0"],
+    "engine": ["demo, bf16, ours, DDP", "demo, bf16, ours, ZeRO 3", "resnet18_64px, bf16, exact, ZeRO 2"],
     "loader": ["uint8 against webdataset", "float32 against timm wds", "resume at 99%", "2 workers", "crc32"],
     "noisy_batch_norm": ["EMA, BN re-estimated", "average of the 3 best"],
     "order": ["200 k, window, 4096 ranks", "200 k, balanced", "index of 200 k, saved"],
     "region": ["11 of 11 crops have the bits of Pillow's", "decoded, resized, against torchvision"],
+    "same_bits": ["the same bits on 1, 2, 3, 4 ranks"],
     "tricks": ["base", "Mixup and CutMix, not at the end", "gradient checkpointing"],
 }
 SHARED = {"few", "machine", "ours", "parts", "peers", "photographs"}

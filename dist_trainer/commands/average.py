@@ -133,4 +133,5 @@ def _re_estimated(config: TrainConfig, evaluation: Evaluation, world: World) -> 
     if samples is None:
         return {}
     inference = evaluation.inference
-    return re_estimate(inference.module, ((batch.images, not batch.ghost) for batch in samples), inference.logits)
+    batches = ((batch.images, not batch.ghost) for batch in samples)
+    return re_estimate(inference.module, batches, inference.logits, is_exact=inference.is_exact)

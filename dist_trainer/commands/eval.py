@@ -38,12 +38,13 @@ def command(argv: list[str]) -> int:
     config, values = parse_config(parser, argv)
     weights = _weights(values.weights, folder)
     with ranks() as (world, terminal):
-        result = evaluate_weights(config, weights, world, terminal, values.of)
+        result, digest = evaluate_weights(config, weights, world, terminal, values.of)
         m = result.metrics
         terminal.say(
             f"{weights}: top-1 {m['top1']:.2%} ({result.correct1}/{result.num_samples})  "
             f"top-5 {m['top5']:.2%} ({result.correct5}/{result.num_samples})  loss {m['loss']:.4f}"
         )
+        terminal.say(f"sha256 {digest}")
     return 0
 
 

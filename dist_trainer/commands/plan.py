@@ -16,6 +16,7 @@ from dist_trainer.plan import largest_world, num_slots
 from dist_trainer.run.advice import num_parameters, warnings
 from dist_trainer.run.blueprint import make_blueprint
 from dist_trainer.run.data import open_data
+from dist_trainer.run.promise import promise
 from dist_trainer.run.start import choose_folder
 from dist_trainer.run.start_from import find_source
 from dist_trainer.run_folder.folder import RunFolder
@@ -96,6 +97,7 @@ def plan_figures(
         "lr_first": rate(0),
         "lr_peak": rate.peak,
         "lr_last": rate(plan.total_steps - 1),
+        "bits": promise(config),
         "warnings": warnings(config, blueprint, 0 if num_samples else num_classes),
     }
 
@@ -126,6 +128,7 @@ def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         "epoch": f"{plural(f['num_samples'], 'sample')} = {plural(f['steps_per_epoch'], 'step')}, "
         f"{plural(f['samples_in_last_step'], 'sample')} in the last",
         "length": plural(f["total_steps"], "step"),
+        "bits": f["bits"],
         "learning rate": f"{f['lr_first']:g} at step 0, {f['lr_peak']:g} after "
         f"{plural(f['warmup_steps'], 'step')} of warm-up, "
         f"{f['lr_last']:.3g} at the last"

@@ -105,6 +105,19 @@ def on_main(world: World, work: Callable[[], T]) -> T:
     return result
 
 
+def differing_ranks(values: torch.Tensor) -> tuple[list[int], int] | None:
+    """(ranks whose int64 [n] is not that of most others, the first place where they differ), or None (collective)."""
+    if dist.get_world_size() == 1:
+        return None
+    ranks = values.new_empty(dist.get_world_size(), len(values))
+    dist.all_gather(list(ranks.unbind()), values)
+    usual = ranks.mode(dim=0).values
+    if not bool((differ := ranks != usual).any()):
+        return None
+    first = int(differ.any(0).nonzero()[0])
+    return [int(rank) for rank in differ.any(1).nonzero()], first
+
+
 class PackedSum:
     """One asynchronous float64 sum over the ranks per step, collected one step later.
 

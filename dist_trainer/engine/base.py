@@ -2,7 +2,8 @@
 
 The gradient of a step is the exact mean over the valid samples of the global batch whatever the world: a micro-batch's
 loss is its weighted sum times W / (valid samples of the step), and both engines average gradients over the W ranks. A
-gradient that is not finite is never applied.
+gradient that is not finite is never applied. With engine.sums: exact it is the exact sum over micro-batches instead,
+rounded once: the same bits on every world.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from torch import nn
 from dist_trainer.data.batch import Batch
 from dist_trainer.distributed.world import World
 from dist_trainer.draws import FORWARD, key
+from dist_trainer.engine.exact import ExactReducer
 from dist_trainer.engine.inference import Inference, Preprocess
 from dist_trainer.errors import UserError
 from dist_trainer.plan import Plan
@@ -51,9 +53,26 @@ class EngineConfig:
     compile: bool = False
     """torch.compile of the training forward and backward, at ZeRO 0 to 2: faster steps, the same up to rounding, after
     some minutes of compilation. Evaluation runs uncompiled."""
+    sums: Literal["fast", "exact"] = "fast"
+    """exact: the same bits on any number of ranks, also across restarts on another number, given the same kind of
+    processor and the same versions. Every sum over micro-batches, batches and ranks is then exact, rounded once, and
+    kernels are those of run.deterministic. Not at engine.zero: 3, and not with compile, sync_bn, fused optimizers or
+    data.source: stream."""
+    threads: int = 1
+    """With sums: exact, the threads of a rank on the CPU, since another number gives other bits."""
     gradient_checkpointing: bool = False
     """Recompute activations inside blocks in the backward pass: less memory, about a third more time, the same numbers.
     """
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether sums are the same bits on every world."""
+        return self.sums == "exact"
+
+    @property
+    def cpu_threads(self) -> int | None:
+        """None: as the environment says."""
+        return self.threads if self.is_exact else None
 
     def check(self) -> None:
         """Raises UserError for settings that exclude each other."""
@@ -61,6 +80,13 @@ class EngineConfig:
             raise UserError(f"engine.clip_grad_norm: {self.clip_grad_norm} is not positive; null does not clip")
         if self.backend == "torch" and self.zero:
             raise UserError(f"engine.zero: {self.zero} needs engine.backend: deepspeed; torch's DDP is stage 0")
+        if self.threads < 1:
+            raise UserError(f"engine.threads: {self.threads} is not positive")
+        if self.threads > 1 and self.sums == "fast":
+            raise UserError(f"engine.threads: {self.threads} is for engine.sums: exact; set OMP_NUM_THREADS")
+        for other, is_on in (("zero: 3", self.zero == 3), ("compile: true", self.compile)):
+            if self.is_exact and is_on:
+                raise UserError(f"engine.sums: exact cannot be promised with engine.{other}; change one of them")
         if self.compile and self.zero == 3:
             raise UserError(
                 "engine.compile: gains nothing at engine.zero: 3, which gathers weights layer by layer and so cuts the "
@@ -82,7 +108,7 @@ class Engine(Inference):
         preprocess: Preprocess,
         seed: int,
     ) -> None:
-        super().__init__(model.to(world.device), config.precision, preprocess, world)
+        super().__init__(model.to(world.device), config.precision, preprocess, world, config.is_exact)
         if config.gradient_checkpointing:
             checkpoint_blocks(model)
         if config.compile:
@@ -96,6 +122,7 @@ class Engine(Inference):
         self._micro_step = 0
         self._has_updated = False
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._reducer: ExactReducer | None = None
 
     # What a backend provides
 
@@ -136,9 +163,13 @@ class Engine(Inference):
     def forward_backward(self, batch: Batch) -> torch.Tensor:
         """One micro-batch: its gradient is added to the step's. Returns the weighted sum of losses (detached scalar).
 
-        The last of `plan.forwards` calls reduces the gradients over the ranks.
+        The last of `plan.forwards` calls reduces the gradients over the ranks. A ghost takes part in that; exact sums
+        need none.
         """
         address: Any = batch.address
+        if self.is_exact and batch.ghost:
+            self._micro_step += 1
+            return torch.zeros((), device=self._device)
         # Dropout and the like draw the same numbers for a slot on whichever rank it runs.
         self._generator.manual_seed(key(FORWARD, self._seed, address.step, address.slot))
         mix = self._mixing.draw(address.step, address.slot, batch.images.shape)
@@ -146,13 +177,19 @@ class Engine(Inference):
         labels = batch.labels.to(self._device, non_blocking=True)
         weight = batch.weight.to(self._device, non_blocking=True)
         total = weighted_sum(self._loss, logits, labels, weight, mix)
-        self._backward(total * (self.world.size / self.plan.num_valid(address.step)))
+        # Both engines average over the ranks. A power of two costs no bits; another world would.
+        over = 1 if self.is_exact else self.world.size
+        self._backward(total * (over / self.plan.num_valid(address.step)))
         self._micro_step += 1
         return total.detach()
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         with uncompiled() if self.config.compile else contextlib.nullcontext():
             return super().logits(images)
+
+    def take_beyond(self) -> torch.Tensor | int:
+        """How many gradient values of this rank's step were beyond what exact sums promise."""
+        return self._reducer.take_beyond() if self._reducer is not None else 0
 
     @property
     def _is_last(self) -> bool:

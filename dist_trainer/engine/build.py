@@ -7,7 +7,7 @@ from dist_trainer.distributed.world import World
 from dist_trainer.engine.base import Engine, EngineConfig
 from dist_trainer.engine.ddp import TorchEngine
 from dist_trainer.engine.inference import Preprocess
-from dist_trainer.engine.zero import ZeroEngine, ZeroStage0
+from dist_trainer.engine.zero import ExactZero, ZeroEngine, ZeroStage0
 from dist_trainer.plan import Plan
 from dist_trainer.tricks.losses import Loss
 from dist_trainer.tricks.mixing import Mixing
@@ -27,5 +27,6 @@ def build_engine(
 ) -> Engine:
     """The engine that `config` names. Raises UserError for settings that exclude each other."""
     config.check()
-    backend = TorchEngine if config.backend == "torch" else ZeroEngine if config.zero else ZeroStage0
+    sharded = ExactZero if config.is_exact else ZeroEngine
+    backend = TorchEngine if config.backend == "torch" else sharded if config.zero else ZeroStage0
     return backend(model, optimizer, loss, mixing, config, plan, world, preprocess, seed)

@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import deepspeed.ops
 import torch
+import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_optimizer_state,
@@ -98,6 +99,30 @@ def pieces_rewritten(engine: Any) -> Iterator[None]:
 
 def _trained(engine: Any) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+
+
+def remove_reduction(engine: Any) -> None:
+    """Stages 1 and 2: leave gradients alone during backward."""
+    for hook in engine.optimizer._grad_acc_hooks:
+        hook.remove()
+    engine.optimizer._grad_acc_hooks.clear()
+
+
+def step_with_gradients(engine: Any) -> None:
+    """Stages 1 and 2: update this rank's partitions with the full `.grad` of the parameters, and gather the weights."""
+    optimizer = engine.optimizer
+    for number, (flat, partition) in enumerate(
+        zip(optimizer.bit16_groups_flat, optimizer.single_partition_of_fp32_groups, strict=True)
+    ):
+        first = dist.get_rank() * len(partition)
+        piece = torch.zeros_like(partition)
+        for parameter in optimizer.bit16_groups[number]:
+            start = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size() - first
+            begin, end = max(start, 0), min(start + parameter.numel(), len(piece))
+            if begin < end:
+                piece[begin:end] = parameter.grad.flatten()[begin - start : end - start]
+        optimizer.averaged_gradients[number] = [piece]
+    optimizer.step()
 
 
 def get_optimizer_state(engine: Any, stage: int) -> State:

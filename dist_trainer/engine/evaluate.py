@@ -13,6 +13,7 @@ from dist_trainer.data.bad_samples import BadSample, BadSampleLog
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.stream import EvalStream
 from dist_trainer.distributed.collectives import gather_json
+from dist_trainer.distributed.exact_sums import words
 from dist_trainer.engine.inference import Inference
 from dist_trainer.errors import UserError, plural
 from dist_trainer.log.console import Terminal
@@ -75,8 +76,8 @@ def evaluate(engine: Inference, stream: EvalStream) -> EvalResult:
     The module is in evaluation mode during this, and in its former mode afterwards. Raises UserError, on every rank,
     for unreachable storage, and RuntimeError unless exactly all samples were counted.
     """
-    # correct1, correct5, counted, loss: float64 holds integers exactly up to 2**53
-    sums = torch.zeros(4, dtype=torch.float64, device=engine.world.device)
+    # correct1, correct5, counted, loss in one or two words: float64 holds integers exactly up to 2**53
+    sums = torch.zeros(5, dtype=torch.float64, device=engine.world.device)
     bad: list[BadSample] = []
     outages: list[str] = []
     was_training = engine.module.training
@@ -91,12 +92,14 @@ def evaluate(engine: Inference, stream: EvalStream) -> EvalResult:
             correct1, correct5 = (hits[:, 0] & seen).sum(), (hits.any(dim=1) & seen).sum()
             bad += batch.bad
             outages += [batch.outage] if batch.outage else []
-            sums += torch.stack([correct1, correct5, seen.sum(), torch.where(seen, loss, 0.0).double().sum()])
+            total = torch.where(seen, loss, 0.0).double().sum()
+            high, low = words(total) if engine.is_exact else (total, torch.zeros_like(total))
+            sums += torch.stack([correct1, correct5, seen.sum(), high, low])
     finally:
         engine.module.train(was_training)
     sums = torch.cat([sums, sums.new_tensor([len(bad), len(outages)])])
     dist.all_reduce(sums)
-    top1, top5, counted, loss_sum, num_bad, num_outages = sums.tolist()
+    top1, top5, counted, loss_sum, loss_rest, num_bad, num_outages = sums.tolist()
     if num_outages:
         raise UserError(next(line for rank in gather_json(engine.world, outages) for line in rank))
     if int(counted + num_bad) != stream.num_samples:
@@ -107,7 +110,7 @@ def evaluate(engine: Inference, stream: EvalStream) -> EvalResult:
     if num_bad:
         met = gather_json(engine.world, [asdict(each) for each in bad])
         bad = sorted((BadSample(**each) for rank in met for each in rank), key=lambda each: each.sample)
-    return EvalResult(int(top1), int(top5), stream.num_samples, loss_sum / max(counted, 1.0), tuple(bad))
+    return EvalResult(int(top1), int(top5), stream.num_samples, (loss_sum + loss_rest) / max(counted, 1.0), tuple(bad))
 
 
 def report_bad(

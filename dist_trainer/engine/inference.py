@@ -31,8 +31,12 @@ class Preprocess:
 class Inference:
     """A model on its device, and its forward in evaluation. Every engine can do this."""
 
-    def __init__(self, model: nn.Module, precision: str, preprocess: Preprocess, world: World) -> None:
+    def __init__(
+        self, model: nn.Module, precision: str, preprocess: Preprocess, world: World, is_exact: bool = False
+    ) -> None:
         self.module, self.world = model, world
+        self.is_exact = is_exact
+        """Whether sums are the same bits on every world."""
         self._device = world.device
         self._format = preprocess.memory_format
         self._autocast = precision == "bf16"

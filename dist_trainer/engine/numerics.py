@@ -10,8 +10,8 @@ import torch
 from dist_trainer.errors import UserError
 
 
-def set_numerics(deterministic: bool) -> None:
-    """Call it before anything runs on a device.
+def set_numerics(deterministic: bool, threads: int | None = None) -> None:
+    """Call it before anything runs on a device. `threads`: of the CPU; None leaves them to the environment.
 
     Unless `deterministic`, cuDNN measures which algorithm is fastest for a shape, so two runs may use different ones.
     float32 is float32 in convolutions as in matrix products, not TensorFloat-32, which keeps 10 of 23 bits:
@@ -21,6 +21,10 @@ def set_numerics(deterministic: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = not deterministic
     torch.use_deterministic_algorithms(deterministic)
+    # A pass over new memory that finds bugs, and mends none.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if threads is not None:
+        torch.set_num_threads(threads)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from dist_trainer.engine.base import Engine, EngineConfig
 from dist_trainer.engine.ddp import TorchEngine
+from dist_trainer.engine.exact import ExactReducer
 from dist_trainer.engine.optimizer_state import check_element_wise, settings
 from dist_trainer.plan import Plan
 from dist_trainer.tensors import State
@@ -21,13 +22,13 @@ def deepspeed_config(config: EngineConfig, plan: Plan) -> dict[str, Any]:
     `gradient_clipping` is always written, since its default is 1.0. The plan owns accumulation and tells DeepSpeed
     micro-batch by micro-batch, so DeepSpeed's own count is 1. The empty list of lower-precision modules keeps gradients
     from being reduced in bf16. The throughput timer would wait for the device twice a step. ZeroStage0 clips, checks
-    and computes under autocast by itself, without another collective.
+    and computes under autocast by itself, without another collective; so does ExactZero.
     """
-    clip = config.clip_grad_norm or 0.0
+    own_clip = config.zero and not config.is_exact
     values: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip if config.zero else 0.0,
+        "gradient_clipping": (config.clip_grad_norm or 0.0) if own_clip else 0.0,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},
@@ -154,3 +155,33 @@ class ZeroEngine(Engine):
 
     def close(self) -> None:
         self._engine.destroy()
+
+
+class ExactZero(ZeroEngine):
+    """ZeRO 1 and 2, which shard optimizer state; gradients are exact sums, in full on every rank."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        from dist_trainer.engine.deepspeed import remove_reduction
+
+        super().__init__(*args, **kwargs)
+        remove_reduction(self._engine)
+        self._reducer: ExactReducer = ExactReducer(self._parameters, self.plan, self.world)
+
+    def _forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+            output: torch.Tensor = self.module(images)
+        return output
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self._reducer.backward(loss)
+
+    def _update(self) -> bool:
+        from dist_trainer.engine.deepspeed import step_with_gradients
+
+        self._reducer.finish()
+        applied = self._clip_and_update()
+        if applied:
+            step_with_gradients(self._engine)
+        for parameter in self._parameters:
+            parameter.grad = None
+        return applied

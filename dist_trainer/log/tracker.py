@@ -2,9 +2,10 @@
 
 Names: train/loss (mean over samples since the last line; null if no update was made), train/lr, train/grad_norm (of the
 last step, before clipping), train/skipped (steps not applied, so far), data/bad (different bad samples, so far),
-ema/decay, val/top1, val/top5 (fractions), val/loss, and the same with the other prefixes of SCORES, train_eval/top1,
-top5, loss (training samples with the evaluation's transform), train_eval/gap (its top1 less val/top1),
-perf/images_per_s, perf/data_wait (share of the time that rank 0 waited for data), epoch.
+train/beyond (values of gradients so far that engine.sums: exact does not promise), ema/decay, val/top1, val/top5
+(fractions), val/loss, and the same with the other prefixes of SCORES, train_eval/top1, top5, loss (training samples
+with the evaluation's transform), train_eval/gap (its top1 less val/top1), perf/images_per_s, perf/data_wait (share of
+the time that rank 0 waited for data), epoch.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.distributed.world import World
+from dist_trainer.errors import plural
 from dist_trainer.log.console import Terminal
 from dist_trainer.log.metrics_file import Metrics, MetricsFile
 from dist_trainer.log.wandb_run import WandbConfig, WandbRun
@@ -43,6 +45,7 @@ class Tracker:
         self._world, self._total_steps = world, total_steps
         self._file: MetricsFile | None = None
         self._wandb: WandbRun | None = None
+        self._beyond: float = 0
 
     def open(self, folder: Path, step: int, wandb: WandbConfig, config: dict[str, Any]) -> None:
         if not self._world.is_main:
@@ -62,6 +65,13 @@ class Tracker:
     def train(self, step: int, metrics: Metrics) -> None:
         self._write(step, metrics)
         if self._world.is_main:
+            beyond = metrics.get("train/beyond") or 0
+            if beyond > self._beyond:
+                self.terminal.say(
+                    f"warning: step {step}: {plural(int(beyond), 'gradient value')} so far beyond the bound of exact "
+                    "sums, a mean of 32: the run goes on, but equal bits on another number of ranks are not sure now"
+                )
+                self._beyond = beyond
             self.terminal.train_line(step, self._total_steps, metrics)
 
     def evaluation(

@@ -16,6 +16,7 @@ from dist_trainer.models import ModelConfig, build_model
 from dist_trainer.models.trial import try_images
 from dist_trainer.plan import Duration, Plan, make_plan
 from dist_trainer.run.data import order_of
+from dist_trainer.run.promise import check_promise
 from dist_trainer.tricks.averaging import chosen_metric
 from dist_trainer.tricks.freezing import freeze
 from dist_trainer.tricks.learning_rate import LearningRate
@@ -81,12 +82,14 @@ def make_blueprint(config: TrainConfig, train: ShardIndex | int, num_classes: in
     sizes = image_sizes(config.augment, config.data, config.eval.crop, augment, train)
     model = checked_model(config.model, num_classes, config.run.seed, config.data.channels, sizes)
     side = shorter_side(config.augment, config.data, train)
+    optimizer = build_optimizer(config.optimizer, model, rate.peak, config.engine.zero)
+    check_promise(config, optimizer)
     return Blueprint(
         plan=plan,
         intervals=Intervals.of(config),
         learning_rate=rate,
         model=model,
-        optimizer=build_optimizer(config.optimizer, model, rate.peak, config.engine.zero),
+        optimizer=optimizer,
         loss=build_loss(config.loss),
         augment=augment,
         mixing=Mixing(config.mixing, plan, config.run.seed, side),

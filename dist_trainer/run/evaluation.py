@@ -12,7 +12,7 @@ from dist_trainer.log.console import Terminal
 from dist_trainer.models import build_model
 from dist_trainer.run.data import open_data
 from dist_trainer.run_folder import checkpoint
-from dist_trainer.tensors import State
+from dist_trainer.tensors import State, sha256
 from dist_trainer.tricks.freezing import freeze
 
 
@@ -21,13 +21,16 @@ class Evaluation:
 
     def __init__(self, config: TrainConfig, world: World, terminal: Terminal) -> None:
         """Raises UserError for data that cannot be used (collective)."""
-        set_numerics(config.run.deterministic)
+        set_numerics(config.run.deterministic or config.engine.is_exact, config.engine.cpu_threads)
         self.data = open_data(config, world, terminal)
         model = build_model(config.model, self.data.num_classes, config.run.seed)
         freeze(model, config.model.freeze)  # batch-norm is re-estimated where training moved it
         preprocess = Preprocess.of(config.data, config.model)
-        self.inference = Inference(model.to(world.device), config.engine.precision, preprocess, world)
-        model.to(memory_format=preprocess.memory_format)
+        self.inference = Inference(
+            model.to(world.device), config.engine.precision, preprocess, world, config.engine.is_exact
+        )
+        if not config.engine.is_exact:  # weights as they were in training
+            model.to(memory_format=preprocess.memory_format)
         self._config, self._terminal = config.eval, terminal
         self._stream = EvalStream(self.data.val, config.data, center_crop(config.eval), config.eval.batch, world)
 
@@ -44,9 +47,12 @@ class Evaluation:
 
 def evaluate_weights(
     config: TrainConfig, weights: Path, world: World, terminal: Terminal, name: str = "model"
-) -> EvalResult:
-    """Score `weights` (a safetensors file, or `name` of a checkpoint folder) on the validation set (collective)."""
+) -> tuple[EvalResult, str]:
+    """Score `weights` (a safetensors file, or `name` of a checkpoint folder) on the validation set (collective).
+
+    Returns their sha256 too (tensors.py).
+    """
     state = checkpoint.load_weights(weights, name)
     evaluation = Evaluation(config, world, terminal)
     evaluation.load(state, str(weights))
-    return evaluation.score()
+    return evaluation.score(), sha256(state)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.distributed.collectives import on_main
@@ -27,6 +28,11 @@ class Saved:
     state: dict[str, Any]
     """What its state.json holds."""
 
+    @property
+    def num_beyond(self) -> int:
+        """Gradient values so far that exact sums did not promise."""
+        return int(self.state.get("beyond", 0))
+
     def has(self, name: str) -> bool:
         return (self.folder / f"{name}.safetensors").exists()
 
@@ -34,12 +40,12 @@ class Saved:
         return checkpoint.load_tensors(self.folder, name)
 
 
-def load_model(folder: Path, model: nn.Module, *, sync_bn: bool, world: World) -> Saved:
+def load_model(folder: Path, model: nn.Module, config: TrainConfig, world: World) -> Saved:
     """Load a checkpoint's weights into the model, before an engine takes it. Raises UserError if they do not fit."""
     saved = Saved(folder, checkpoint.load_state(folder))
-    if sync_bn:
+    if config.model.sync_bn:
         check_same_world(saved.state["world"], world.size)
-    if world.device.type == "cpu" and saved.state["world"] == world.size:
+    if world.device.type == "cpu" and saved.state["world"] == world.size and not config.engine.is_exact:
         torch.set_num_threads(saved.state["threads"])  # the number of threads decides the order of float sums
     checkpoint.load_into(model, saved.tensors("model"), str(folder))
     return saved

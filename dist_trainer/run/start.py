@@ -57,7 +57,7 @@ def prepare_run(config: TrainConfig, *, stem: str, world: World, terminal: Termi
     `stem` begins the names of run folders. All checks of the config come before the folder is touched. Raises
     UserError, on every rank, for the user's mistakes.
     """
-    set_numerics(config.run.deterministic)
+    set_numerics(config.run.deterministic or config.engine.is_exact, config.engine.cpu_threads)
     data = open_data(config, world, terminal)
     blueprint = make_blueprint(config, data.train, data.num_classes, world.size)
     if config.model.sync_bn:
@@ -106,7 +106,7 @@ def build_run(
     blueprint, streams, claim = prepared.blueprint, prepared.streams, prepared.claim
     saved, progress = None, Progress()
     if claim.checkpoint is not None:
-        saved = load_model(claim.checkpoint, blueprint.model, sync_bn=config.model.sync_bn, world=world)
+        saved = load_model(claim.checkpoint, blueprint.model, config, world)
     learner = build_learner(config, blueprint, bn_samples=streams.bn_samples, folder=claim.folder, world=world)
     record = new_record(prepared, engine=config.engine, max_bad=config.data.max_bad, world=world, terminal=terminal)
     if saved is not None:
@@ -123,7 +123,7 @@ def build_run(
         streams=streams,
         learner=learner,
         record=record,
-        sums=step_sums(blueprint.plan, learner, record, stop, world),
+        sums=step_sums(blueprint.plan, learner, record, stop, world, num_beyond=saved.num_beyond if saved else 0),
         progress=progress,
         resumed_from=claim.checkpoint,
     )
@@ -152,7 +152,7 @@ def build_learner(
         preprocess=Preprocess.of(config.data, config.model),
         seed=config.run.seed,
     )
-    batch_norm = RunningStatistics(engine.module)
+    batch_norm = RunningStatistics(engine.module, engine.is_exact)
     ema = build_ema(config.ema, engine, batch_norm, blueprint.ema_start, blueprint.plan.total_steps)
     weights = Weights(engine, batch_norm, ema, bn_samples)
     averaging = Averaging(config.averaging, weights, folder.snapshots, world) if config.averaging.top_k else None
@@ -246,7 +246,9 @@ def open_logs(
     record.tracker.open(folder.path, progress.step, config.wandb, facts)
 
 
-def step_sums(plan: Plan, learner: Learner, record: Record, stop: StopRequest, world: World) -> StepSums:
+def step_sums(
+    plan: Plan, learner: Learner, record: Record, stop: StopRequest, world: World, *, num_beyond: int
+) -> StepSums:
     """The sum that the ranks exchange once per step."""
     return StepSums(
         plan=plan,
@@ -257,4 +259,6 @@ def step_sums(plan: Plan, learner: Learner, record: Record, stop: StopRequest, w
         listing=record.folder.bad_samples,
         stop_request=stop,
         world=world,
+        is_exact=learner.engine.is_exact,
+        num_beyond=num_beyond,
     )

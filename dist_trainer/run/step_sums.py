@@ -8,6 +8,7 @@ import torch
 from dist_trainer.data.bad_samples import BadSample, BadSampleLog
 from dist_trainer.data.batch import Batch
 from dist_trainer.distributed.collectives import PackedSum, gather_json
+from dist_trainer.distributed.exact_sums import words
 from dist_trainer.distributed.processes import STOP_SIGNALS, StopRequest
 from dist_trainer.distributed.world import World
 from dist_trainer.log.meter import Meter
@@ -33,42 +34,51 @@ class StepSums:
         listing: Path,
         stop_request: StopRequest,
         world: World,
+        is_exact: bool = False,
+        num_beyond: int = 0,
     ) -> None:
         self.stop: str | None = None
         """The signal that asked some rank to stop: the same on every rank at the same step."""
+        self.num_beyond = num_beyond
+        """Values of gradients that exact sums did not promise, of all ranks, so far."""
+        self._is_exact = is_exact
         self._plan, self._batch_norm, self._ema = plan, batch_norm, ema
         self._meter, self._stop_request = meter, stop_request
         self._bad_samples, self._listing = bad_samples, listing
         self._world, self._device = world, world.device
-        self._head = 3 + len(STOP_SIGNALS)
+        self._head = 5 + len(STOP_SIGNALS)
         self._sum = PackedSum(self._head, world.device)
         self._applied = True
         self._reset()
 
     def _reset(self) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._loss = torch.zeros(2, dtype=torch.float64, device=self._device)
         self._num_samples = 0.0
         self._bad: list[BadSample] = []
         self._outages: list[str] = []
 
     def add(self, loss_sum: torch.Tensor, batch: Batch) -> None:
         """Count one micro-batch: its weighted loss sum (scalar) and, unless it is a ghost, its batch statistics."""
-        self._loss += loss_sum
+        self._loss += words(loss_sum) if self._is_exact else torch.stack([loss_sum, torch.zeros_like(loss_sum)])
         self._num_samples += batch.num_valid
         self._bad += batch.bad
         self._outages += [batch.outage] if batch.outage else []
         if not batch.ghost:
             self._batch_norm.add()
 
-    def exchange(self, applied: bool) -> None:
-        """Start the sum of a step whose update was made or, if not `applied`, was not: its statistics do not count."""
+    def exchange(self, applied: bool, beyond: torch.Tensor | int = 0) -> None:
+        """Start the sum of a step whose update was made or, if not `applied`, was not: its statistics do not count.
+
+        `beyond`: how many values of this rank's gradients exact sums do not promise (engine/exact.py).
+        """
         self.finish()
         votes = [float(self._stop_request.signal == name) for name in STOP_SIGNALS]
         pinned = self._device.type == "cuda"  # a copy from pageable memory would wait for the device
         num_problems = float(len(self._bad) + len(self._outages))
-        head = torch.tensor([0.0, self._num_samples, num_problems, *votes], dtype=torch.float64, pin_memory=pinned)
-        head = head.to(self._device, non_blocking=True)
-        head[0] = self._loss
+        values = [0.0, 0.0, 0.0, self._num_samples, num_problems, *votes]
+        head = torch.tensor(values, dtype=torch.float64, pin_memory=pinned).to(self._device, non_blocking=True)
+        head[:2] = self._loss
+        head[2] = beyond
         self._sum.launch(torch.cat([head, self._batch_norm.take()]))
         self._applied = applied
         self._problems = [asdict(bad) for bad in self._bad], self._outages
@@ -82,11 +92,12 @@ class StepSums:
         """Collect the last step's sum, if that has not been done."""
         if not self._sum.is_pending:
             return
-        (loss_sum, num_samples, num_problems, *votes), vector = self._sum.collect()
+        (loss_sum, loss_rest, beyond, num_samples, num_problems, *votes), vector = self._sum.collect()
+        self.num_beyond += int(beyond)
         if num_problems:
             self._share_problems()
         if self._applied:
-            self._meter.add(loss_sum, num_samples)
+            self._meter.add(loss_sum + loss_rest, num_samples)
             self._batch_norm.update(vector[self._head :], self._plan.num_slots)
             if self._ema is not None:
                 self._ema.update_statistics(self._batch_norm.running)

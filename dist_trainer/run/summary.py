@@ -8,6 +8,7 @@ from dist_trainer.errors import plural
 from dist_trainer.log.tracker import SCORES
 from dist_trainer.plan import Plan
 from dist_trainer.run.advice import keys_to_turn
+from dist_trainer.run.promise import promise
 from dist_trainer.run.state import Run
 from dist_trainer.run_folder.environment import git_revision
 from dist_trainer.run_folder.folder import State
@@ -25,6 +26,8 @@ def finish_run(run: Run, state: State, reason: str | None = None) -> dict[str, A
     summary: dict[str, Any] = {
         **how_it_ends(state, reason, progress.step, run.plan),
         "skipped": progress.skipped,
+        "bits": promise(run.config, run.sums.num_beyond),
+        "weights_sha256": run.learner.weights.digests(),
         "changes": record.folder.read_changes() if run.world.is_main else [],
         "final": progress.last,
         "best": progress.best,
@@ -82,6 +85,10 @@ def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
         if found["turn"]:
             rows["keys to turn"] = "\n".join(found["turn"])
     seconds = summary["seconds"]
+    if "bits" in summary:
+        rows["bits"] = summary["bits"] + "".join(
+            f"\n{name}: sha256 {digest}" for name, digest in summary["weights_sha256"].items()
+        )
     rows["steps"] = f"{summary['steps']} ({plural(summary['epochs'], 'epoch')}, {summary['skipped']} skipped)"
     if changes := summary["changes"]:
         rows["changed"] = "\n".join(

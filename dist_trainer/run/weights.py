@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import torch
 
 from dist_trainer.data.stream import FixedSampleStream
-from dist_trainer.distributed.collectives import gather_json
+from dist_trainer.distributed.collectives import differing_ranks, gather_json
 from dist_trainer.engine.base import Engine
 from dist_trainer.errors import UserError
-from dist_trainer.tensors import State
+from dist_trainer.tensors import State, bit_sums, sha256
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema
 from dist_trainer.tricks.precise_bn import re_estimate
@@ -71,11 +71,29 @@ class Weights:
                 outages.extend([batch.outage] if batch.outage else [])
                 yield batch.images, not batch.ghost
 
-        found = re_estimate(self._engine.module, batches(), self._engine.logits)
+        engine = self._engine
+        found = re_estimate(engine.module, batches(), engine.logits, is_exact=engine.is_exact)
         for line in (line for rank in gather_json(self._engine.world, outages) for line in rank):
             raise UserError(line)
         self._batch_norm.load(self._batch_norm.flatten(found))
         self.re_estimated[name] = found
+
+    def check_ranks(self) -> None:
+        """Raises UserError, on every rank, if a rank's weights or statistics are not those of the others (collective).
+
+        They are computed on each rank from the same sums; only a broken device or a bug makes them differ. Sharded
+        weights are on no two ranks.
+        """
+        named = {"batch-norm's statistics": self._batch_norm.running}
+        if not self._engine.is_sharded:
+            named |= self._engine.local_weights()
+        if found := differing_ranks(bit_sums(named.values())):
+            ranks, first = found
+            raise UserError(
+                f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}: other weights than the other "
+                f"ranks have, first in {list(named)[first]}; a device is broken, or this is a bug. Nothing was saved "
+                "since: start again, from the last checkpoint, without the device"
+            )
 
     def state(self) -> State:
         """Weights and buffers that the module holds now (collective; full on rank 0)."""
@@ -89,6 +107,12 @@ class Weights:
             **self._engine.to_full(self._ema.weights),
             **self._batch_norm.unflatten(self._ema.statistics),
         }
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of the model and its average, as a checkpoint holds them (collective; on rank 0)."""
+        self._batch_norm.publish()
+        states = {"model": self.state(), **({"ema": self.ema_state()} if self._ema is not None else {})}
+        return {name: sha256(state) for name, state in states.items()} if self._engine.world.is_main else {}
 
     def load_ema(self, state: State, num_updates: int) -> None:
         """Undo `ema_state`, on any stage and world."""

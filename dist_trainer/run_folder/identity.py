@@ -91,6 +91,8 @@ KEYS: dict[str, First | str] = {
     "engine.gradient_checkpointing": FREE,
     "engine.not_finite": First("skip"),
     "engine.precision": First("bf16"),
+    "engine.sums": First("fast"),
+    "engine.threads": First(1),  # with exact sums
     "engine.zero": FREE,
     "eval.bad": FREE,
     "eval.batch": FREE,

@@ -9,6 +9,7 @@ statistics in their buffers; these are summed over all M micro-batches of a step
 import torch
 from torch import nn
 
+from dist_trainer.distributed.exact_sums import joined, words
 from dist_trainer.errors import UserError
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # BatchNorm1d to 3d, SyncBatchNorm, timm's variants
@@ -39,7 +40,9 @@ class RunningStatistics:
     momentum None (a cumulative average), which has no meaning here.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, is_exact: bool = False) -> None:
+        """`is_exact`: sums over micro-batches are the same bits on every world, and twice as long."""
+        self._is_exact = is_exact
         named = moving_layers(model)
         self._layers = list(named.values())
         self._names = [f"{name}.{kind}" for name in named for kind in ("running_mean", "running_var")]
@@ -51,7 +54,7 @@ class RunningStatistics:
         self._batch = torch.cat([b.float() for b in buffers]) if buffers else torch.zeros(0)
         """The layers' buffers: the statistics of the last micro-batch, or those that were loaded."""
         self.running = self._batch.clone()
-        self.sums = torch.zeros(len(self._batch), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(self._batch) * (2 if is_exact else 1), dtype=torch.float64, device=device)
         self._sizes = sizes = [len(b) for b in buffers]
         momenta = [layer.momentum for layer in self._layers for _ in range(2)]
         self._momentum = torch.repeat_interleave(
@@ -70,15 +73,17 @@ class RunningStatistics:
 
     def add(self) -> None:
         """Count the micro-batch that the layers saw last."""
-        self.sums += self._batch
+        self.sums += words(self._batch).flatten() if self._is_exact else self._batch
 
     def take(self) -> torch.Tensor:
-        """The sums of this rank since the last call (float64 [2C]), to be summed over the ranks."""
+        """The sums of this rank since the last call (float64 [2C] or [4C]), to be summed over the ranks."""
         sums, self.sums = self.sums, torch.zeros_like(self.sums)
         return sums
 
     def update(self, sums: torch.Tensor, num_slots: int) -> None:
         """Move the running statistics by one step, given the sums over all `num_slots` micro-batches."""
+        if self._is_exact:
+            sums = joined(sums.view(2, -1))
         self.running.lerp_((sums / num_slots).float(), self._momentum)
         self._num_updates += 1
 

@@ -151,7 +151,9 @@ def main(world: World, argv: list[str]) -> None:
             (folder / f"{job['name']}-rank{world.rank}.txt").write_text(said)
             continue
         if "eval" in job:
-            result = evaluate_weights(config, Path(job["eval"]), world, Terminal(active=False), job.get("of", "model"))
+            result, _ = evaluate_weights(
+                config, Path(job["eval"]), world, Terminal(active=False), job.get("of", "model")
+            )
             (folder / f"{job['name']}.json").write_text(json.dumps(asdict(result)))
             continue
         run = start_run(config, stop, world)
