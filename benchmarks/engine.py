@@ -1,6 +1,7 @@
 """Step time of our loop at ZeRO 0 to 3, and on torch's DDP, against a bare DDP loop: same model, data, precision.
 
-Rows of exact sums (engine.sums: exact) are held against fast ones at the same stage.
+Rows of exact sums (engine.sums: exact) are held against fast ones at the same stage, in time and in the error of the
+gradient.
 
     python benchmarks/engine.py [--quick] [--json FILE] [--ranks 2] [--rounds N]
 
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,12 +34,12 @@ from dist_trainer.data.batch import Batch, SlotAddress
 from dist_trainer.data.index import SAMPLE, ShardIndex
 from dist_trainer.distributed.processes import StopRequest
 from dist_trainer.distributed.world import init_world, shutdown_world
-from dist_trainer.engine.base import EngineConfig
+from dist_trainer.engine.base import Engine, EngineConfig
 from dist_trainer.engine.build import build_engine
 from dist_trainer.engine.inference import Preprocess
 from dist_trainer.log.meter import Meter
 from dist_trainer.models import ModelConfig, build_model
-from dist_trainer.plan import BatchConfig, Duration, make_plan
+from dist_trainer.plan import BatchConfig, Duration, Plan, make_plan
 from dist_trainer.run.state import Progress
 from dist_trainer.run.step_sums import StepSums
 from dist_trainer.train import train_step
@@ -53,6 +55,7 @@ MODELS = {
     "resnet18_64px": ("torchvision/resnet18", {}, 3, 64, 32, 3, 1),
 }
 MEAN, STD = 0.5, 0.25
+OPTIMIZER = OptimizerConfig(args={"momentum": 0.9, "nesterov": True}, weight_decay=5e-4)
 
 
 def no_samples() -> ShardIndex:
@@ -62,12 +65,69 @@ def no_samples() -> ShardIndex:
     )
 
 
+def an_engine(name: str, precision: str, world: Any, config: EngineConfig, slots: int = 1) -> tuple[Engine, Plan]:
+    """With `slots` micro-batches per rank and step."""
+    model_name, args, channels, _, size, *_ = MODELS[name]
+    size = 4 if SMOKE else size
+    plan = make_plan(
+        BatchConfig(global_batch=size * world.size * slots, micro_batch=size),
+        Duration.parse("1000000step", "duration"),
+        world=world.size,
+        num_samples=size * world.size * slots * 1000,
+    )
+    model = build_model(ModelConfig(name=model_name, args=args), 10, 0)
+    engine = build_engine(
+        replace(config, precision=precision),  # type: ignore[arg-type]
+        model=model,
+        optimizer=build_optimizer(OPTIMIZER, model, 0.01, config.zero),
+        loss=build_loss(LossConfig(label_smoothing=0.1)),
+        mixing=Mixing(MixingConfig(), plan, 0),
+        plan=plan,
+        world=world,
+        preprocess=Preprocess(mean=[MEAN] * channels, std=[STD] * channels, channels_last=True),
+        seed=0,
+    )
+    return engine, plan
+
+
+def relative_error(name: str, world: Any, sums: str) -> float:
+    """L2, of the gradient of 4 micro-batches per rank in float32 against their own gradients summed in float64."""
+    engine, plan = an_engine(name, "fp32", world, EngineConfig(backend="torch", sums=sums), slots=4)  # type: ignore[arg-type]
+    _, _, channels, pixels, *_ = MODELS[name]
+    generator = torch.Generator().manual_seed(world.rank)
+    shape = (plan.micro_batch, channels, pixels, pixels)
+    reduced: list[torch.Tensor] = []
+    update = engine._clip_and_update
+
+    def watched() -> bool:
+        reduced.extend(each.grad.detach().clone() for each in engine._parameters if each.grad is not None)
+        return update()
+
+    engine._clip_and_update = watched  # type: ignore[method-assign]
+    true = [torch.zeros_like(each, dtype=torch.float64) for each in engine._parameters]
+    for slot in plan.slots_of(world.rank):
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        labels = torch.randint(0, 10, (plan.micro_batch,), generator=generator)
+        ones = torch.ones(plan.micro_batch)
+        logits = engine.module(engine._prepare(images))
+        loss = F.cross_entropy(logits, labels.to(world.device), label_smoothing=0.1, reduction="sum")
+        for total, gradient in zip(
+            true, torch.autograd.grad(loss / plan.global_batch, engine._parameters), strict=True
+        ):
+            total.add_(gradient)
+        engine.forward_backward(Batch(images, labels, ones, ones.long(), SlotAddress(0, slot), num_valid=len(labels)))
+    for total in true:
+        dist.all_reduce(total)
+    engine.step()
+    difference = sum(float((a - b).square().sum()) for a, b in zip(reduced, true, strict=True))
+    return float((difference / sum(float(each.square().sum()) for each in true)) ** 0.5)
+
+
 def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[int], None]]:
     """Name -> a function that trains that many steps."""
     model_name, args, channels, pixels, size, *_ = MODELS[name]
     size = 4 if SMOKE else size
     config = ModelConfig(name=model_name, args=args)
-    optimizer = OptimizerConfig(args={"momentum": 0.9, "nesterov": True}, weight_decay=5e-4)
     generator = torch.Generator().manual_seed(world.rank)
     images = [
         torch.randint(0, 256, (size, channels, pixels, pixels), dtype=torch.uint8, generator=generator)
@@ -77,8 +137,8 @@ def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[in
 
     def bare() -> Callable[[int], None]:
         model = build_model(config, 10, 0).to(world.device).to(memory_format=torch.channels_last)
-        groups = param_groups(model, optimizer.weight_decay, optimizer.no_decay)
-        sgd = torch.optim.SGD(groups, lr=0.01, **optimizer.args)
+        groups = param_groups(model, OPTIMIZER.weight_decay, OPTIMIZER.no_decay)
+        sgd = torch.optim.SGD(groups, lr=0.01, **OPTIMIZER.args)
         ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
         def steps(count: int) -> None:
@@ -94,24 +154,7 @@ def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[in
         return steps
 
     def ours(backend: str, zero: int, sums: str = "fast") -> Callable[[int], None]:
-        plan = make_plan(
-            BatchConfig(global_batch=size * world.size, micro_batch=size),
-            Duration.parse("1000000step", "duration"),
-            world=world.size,
-            num_samples=size * world.size * 1000,
-        )
-        model = build_model(config, 10, 0)
-        engine = build_engine(
-            EngineConfig(backend=backend, zero=zero, precision=precision, sums=sums),  # type: ignore[arg-type]
-            model=model,
-            optimizer=build_optimizer(optimizer, model, 0.01, zero),
-            loss=build_loss(LossConfig(label_smoothing=0.1)),
-            mixing=Mixing(MixingConfig(), plan, 0),
-            plan=plan,
-            world=world,
-            preprocess=Preprocess(mean=[MEAN] * channels, std=[STD] * channels, channels_last=True),
-            seed=0,
-        )
+        engine, plan = an_engine(name, precision, world, EngineConfig(backend=backend, zero=zero, sums=sums))  # type: ignore[arg-type]
         meter, bad_samples = Meter(), BadSampleLog(no_samples(), "auto", "train")
         run: Any = SimpleNamespace(
             learner=SimpleNamespace(
@@ -153,6 +196,7 @@ def build_sides(name: str, precision: str, world: Any) -> dict[str, Callable[[in
 def measure(arguments: argparse.Namespace) -> Figures:
     world = init_world()
     results: Figures = {}
+    errors: Figures = {}
     for name, (*_, steps_full, steps_quick) in MODELS.items():
         count = 1 if SMOKE else steps_quick if arguments.quick else steps_full
         for precision in ("bf16",) if arguments.quick else ("bf16", "fp32"):
@@ -174,15 +218,19 @@ def measure(arguments: argparse.Namespace) -> Figures:
                 ours, peer = statistics.median(times[side]), statistics.median(times[other])
                 results[f"{name}, {precision}, {side}"] = figure(ours, peer)
             del sides
+        figures = [relative_error(name, world, sums) for sums in ("exact", "fast")]
+        errors[f"{name}, fp32, error of exact sums"] = figure(*figures, unit="relative L2")
     if world.is_main:
         print(f"{machine()}, {world.size} ranks")
     if world.is_main and SMOKE:
-        print(f"ran: {'; '.join(results)}")
+        print(f"ran: {'; '.join([*results, *errors])}")
     elif world.is_main:
         print(f"{'':<38}{'ours ms':>9}{'peer ms':>13}{'ratio':>8}")
         for key, r in results.items():
             print(f"{key:<38}{r['ours'] * 1e3:>9.2f}{r['peer'] * 1e3:>13.2f}{r['ratio']:>8.3f}")
-        save(arguments.json, results)
+        for key, r in errors.items():
+            print(f"{key:<38}{r['ours']:>9.1e}{r['peer']:>13.1e}{r['ratio']:>8.3f}")
+        save(arguments.json, results | errors)
     shutdown_world()
     return results
 

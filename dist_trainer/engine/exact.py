@@ -59,7 +59,7 @@ class ExactReducer:
                 waiting = []
         if waiting:
             self._new_bucket(waiting)
-        self._seen = self._launched = self._completed = 0
+        self._seen = self._launched = 0
         self.beyond: torch.Tensor | int = 0
         """How many values were above the bound's share since `take_beyond`: their sums may depend on the order."""
 
@@ -138,7 +138,6 @@ class ExactReducer:
                 from_grid(total, piece)
                 bucket.work = dist.all_gather_into_tensor(bucket.whole, piece, async_op=True)
                 bucket.others = piece  # kept until it has arrived
-        self._completed += 1
 
     def finish(self) -> None:
         """Every rank's `.grad` becomes the step's gradient, the same bits (collective)."""
@@ -153,7 +152,7 @@ class ExactReducer:
                 parameter.grad = self._place[parameter][3]
         if self._side:
             torch.cuda.current_stream(self._world.device).wait_stream(self._side)
-        self._seen = self._launched = self._completed = 0
+        self._seen = self._launched = 0
 
     def take_beyond(self) -> torch.Tensor | int:
         beyond, self.beyond = self.beyond, 0
