@@ -55,6 +55,20 @@ def add_on_grid(total: torch.Tensor, terms: torch.Tensor, limit: float, *, first
     return beyond
 
 
+def sum_on_grid(terms: list[torch.Tensor], out: torch.Tensor, limit: float) -> torch.Tensor | int:
+    """Round the sums of `terms` (float32 [n] each, consumed) to `out` (float32 [n]). Returns what `add_on_grid` does.
+
+    On a CPU the sums in float64 never leave its cache.
+    """
+    beyond: torch.Tensor | int = 0
+    for *parts, part in _pieces(*terms, out):
+        total = torch.empty(len(part), dtype=torch.float64, device=part.device)
+        for number, each in enumerate(parts):
+            beyond = beyond + add_on_grid(total, each, limit, first=number == 0)
+        from_grid(total, part)
+    return beyond
+
+
 def from_grid(total: torch.Tensor, out: torch.Tensor) -> None:
     """Round sums (float64 [n], in units of the grid) to `out` (float32 [n]), once."""
     for whole, part in _pieces(total, out):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exact_reducer import NUM_SLOTS, Branches
 from running import ROOT, TINY, Session, metrics, newest, run_jobs, run_ranks, tensors, torchrun, wait_for_step
 from safetensors.torch import load_file
 
@@ -93,6 +94,31 @@ def test_the_settings_do_what_they_are_there_for(runs: Path) -> None:
     assert metrics(runs / "rolled back-2", "train/skipped")[-1] > 3
     assert min(metrics(runs / "bf16-1", "train/grad_norm")) > 0.05
     assert (runs / "averaged-4" / "average").is_dir()
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_gradient_is_the_closed_form_in_any_buckets(tmp_path: Path, world: int) -> None:
+    """Of 4 and of 12 micro-batches: each rounded to 2^-48, the sum rounded to float32, in seven buckets. What nothing
+    reaches is zero, in the second step too.
+
+    Mutations: launch buckets as they become ready; what was not reached keeps its former value; the pieces of a bucket
+    are cut elsewhere by sender and receiver.
+    """
+    run_ranks(world, "exact_reducer", tmp_path)
+    for num_slots in NUM_SLOTS:
+        found = load_file(tmp_path / f"{num_slots}-{world}.safetensors")
+        for step in range(2):
+            model = Branches()
+            total = {name: torch.zeros_like(each, dtype=torch.float64) for name, each in model.named_parameters()}
+            for slot in range(num_slots):
+                model.zero_grad()
+                (model.loss(step, slot) / num_slots).backward()
+                for name, parameter in model.named_parameters():
+                    if parameter.grad is not None:
+                        total[name] += (parameter.grad.double() * 2**48).round() / 2**48
+            for name, value in total.items():
+                assert torch.equal(found[f"{step} {name}"], value.float()), (step, name)
+    assert not found["1 never"].any() and found["1 rare.weight"].any()
 
 
 def test_exact_sums_are_fast_ones_up_to_rounding(runs: Path, tmp_path: Path, fashion: list[str]) -> None:
