@@ -18,8 +18,10 @@ def drawn(seed: int, num_terms: int, least: int, largest: int) -> torch.Tensor:
     return torch.from_numpy(np.where(generator.random((num_terms, 8)) < 0.05, 0, values)).float()
 
 
-def grid_sum(terms: torch.Tensor, generator: np.random.Generator) -> tuple[torch.Tensor, int]:
-    """(float32 [8], how many terms were beyond the bound): in any order, in any groups, of which each is one rank's."""
+def grid_sum(terms: torch.Tensor, generator: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(float64 [8] on the grid, float32 [8], how many terms were beyond the bound): in any order, in any groups, of
+    which each is one rank's.
+    """
     order = torch.from_numpy(generator.permutation(len(terms)))
     cuts = sorted(generator.integers(0, len(terms) + 1, size=int(generator.integers(0, 8))).tolist())
     groups = [group for group in np.split(order.numpy(), cuts) if len(group)]
@@ -31,7 +33,7 @@ def grid_sum(terms: torch.Tensor, generator: np.random.Generator) -> tuple[torch
         whole += total
     out = torch.empty(8)
     from_grid(whole, out)
-    return out, beyond
+    return whole, out, beyond
 
 
 @settings(deadline=None, max_examples=60)
@@ -48,11 +50,11 @@ def test_gradients_sum_to_the_same_bits_or_the_sum_is_counted(
     """
     terms = drawn(seed, num_terms, *sorted(exponents))
     generator = np.random.default_rng(seed)
-    (first, beyond), (second, again) = grid_sum(terms, generator), grid_sum(terms, generator)
+    (on_grid, first, beyond), (again_on_grid, second, again) = (grid_sum(terms, generator) for _ in range(2))
     assert beyond == again == int((terms.abs() > BOUND / num_terms).sum())
     if beyond:
         return
-    assert torch.equal(first, second)
+    assert torch.equal(on_grid, again_on_grid) and torch.equal(first, second)
     for channel in range(8):
         true = sum((Fraction(float(term)) for term in terms[:, channel]), Fraction(0))
         half_unit = Fraction(float(np.spacing(np.float32(abs(float(true)))))) / 2
