@@ -137,6 +137,8 @@ class ExactReducer:
                 for piece in others:
                     own.add_(piece)
                 from_grid(own, result)
+            if self._side and bucket.others is not None:
+                bucket.others.record_stream(self._side)  # it is freed before that stream has read it
             bucket.others = None
             if size > 1:
                 bucket.works = self._gather(bucket.whole, 2 * bucket.number + 1)
@@ -156,6 +158,8 @@ class ExactReducer:
 
     def take_beyond(self) -> torch.Tensor | int:
         beyond, self.beyond = self.beyond, 0
+        if self._side and isinstance(beyond, torch.Tensor):
+            beyond.record_stream(torch.cuda.current_stream(self._world.device))
         return beyond
 
     # gloo's own all-to-all copies what stays on a rank, and its all-gather takes 3 times as long as pairs of messages.

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_trainer.distributed.world import World
+from dist_trainer.tricks import precise_bn
 from dist_trainer.tricks.precise_bn import re_estimate
 
 SIZES = [4, 7, 5, 6, 3]  # images of each micro-batch
@@ -76,10 +77,34 @@ def run(build: Any, num_slots: int) -> tuple[dict[str, torch.Tensor], dict[str, 
     return state, {name: inputs[: len(slots[rank::size])] for name, inputs in seen.items()}, [*gathered]
 
 
+def exactly_pooled() -> torch.Tensor:
+    """float64 [3, C]: n, mean, M2 of all slots, with exact sums."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(1)
+    model, slots = plain(), micro_batches()
+    mine = [(slot, True) for slot in slots[rank::size]]
+    mine += [(slots[0], False)] * (-(-len(slots) // size) - len(mine))
+    totals = []
+
+    class Pool(precise_bn._Pool):
+        def over_ranks(self) -> Any:
+            totals.append(self._total.clone())
+            return super().over_ranks()
+
+    former, precise_bn._Pool = precise_bn._Pool, Pool  # type: ignore[misc]
+    try:
+        re_estimate(model, iter(mine), model, is_exact=True)
+    finally:
+        precise_bn._Pool = former  # type: ignore[misc]
+    (total,) = totals
+    return total
+
+
 def main(world: World, argv: list[str]) -> None:
+    results: dict[str, Any] = {"exact": exactly_pooled()}
     dist.all_gather = watched_all_gather
     try:
-        results = {case: run(*what) for case, what in CASES.items()}
+        results |= {case: run(*what) for case, what in CASES.items()}
     finally:
         dist.all_gather = _all_gather
     torch.save(results, Path(argv[0]) / f"{world.size}-{world.rank}.pt")

@@ -201,3 +201,30 @@ def test_after_a_forward_with_nan_and_publish_later_statistics_are_clean() -> No
     run_steps(clean, clean_statistics, x)
     run_steps(poisoned, statistics, x)
     assert torch.equal(statistics.running, clean_statistics.running)
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_exact_sums_have_the_same_bits_whoever_adds_what(is_exact: bool) -> None:
+    """Statistics of 64 micro-batches from 1e-9 to 1e5, in any order, as the sums of one rank and of three. In float64
+    alone they differ: the test can tell. Mutation: one word per statistic.
+    """
+    layer = nn.BatchNorm1d(CHANNELS)
+    statistics = RunningStatistics(layer, is_exact)
+    generator = np.random.default_rng(0)
+    values = torch.from_numpy(10 ** generator.uniform(-9, 5, (64, 2 * CHANNELS))).float()
+
+    def summed(groups: list[np.ndarray]) -> torch.Tensor:
+        total = torch.zeros_like(statistics.sums)
+        for group in groups:
+            for number in group:
+                statistics.load(values[number])
+                statistics.add()
+            total += statistics.take()
+        return total
+
+    one, three = ([*np.array_split(generator.permutation(64), ranks)] for ranks in (1, 3))
+    assert torch.equal(summed(one), summed(three)) == is_exact
+    before = statistics.running.clone()
+    statistics.update(summed(three), 64)
+    expected = 0.9 * before.double() + 0.1 * values.double().mean(0)
+    torch.testing.assert_close(statistics.running.double(), expected, rtol=1e-6, atol=0)

@@ -16,6 +16,7 @@ from fvcore.nn import update_bn_stats
 from helpers import message
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from precise_bn import SIZES
 from running import run_ranks
 from timm.layers import BatchNormAct2d
 from torch import nn
@@ -152,6 +153,15 @@ def test_any_world_pools_what_all_its_ranks_saw(ranks: dict[int, Any], case: str
             for name, inputs in result[case][1].items():
                 seen[name] += inputs
         assert_pooled(states[0], seen, CONTIGUOUS)
+
+
+def test_exact_sums_pool_to_the_same_bits_on_every_world(ranks: dict[int, Any]) -> None:
+    """n, mean and M2 in float64, with surplus batches on 2, 3 and 4 ranks. Mutations: pool by rank first; a surplus
+    batch counts.
+    """
+    totals = [result["exact"] for results in ranks.values() for result in results]
+    assert totals[0][0].max() == sum(SIZES) * 16
+    assert all(torch.equal(total, totals[0]) for total in totals)
 
 
 def test_worlds_agree(ranks: dict[int, Any]) -> None:
