@@ -37,6 +37,11 @@ $(VENV)/installed-test: $(VENV)/installed
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    (apt-get install -y -qq g++ || (apt-get update -qq; apt-get install -y -qq g++)) >/dev/null 2>&1 || true; \
 	  else echo "tests of engine.compile will be skipped: no C++ compiler (Debian: g++)"; fi; fi
+	@if ! PATH="$$PATH:/usr/sbin" command -v slurmd >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then export DEBIAN_FRONTEND=noninteractive; \
+	    slurm="apt-get install -y -qq --no-install-recommends slurm-wlm slurm-wlm-basic-plugins munge"; \
+	    ($$slurm || (apt-get update -qq; $$slurm)) >/dev/null 2>&1 || true; \
+	  else echo "tests of slurm/ will be skipped: no slurmd, or not root (Debian: slurm-wlm slurm-wlm-basic-plugins munge)"; fi; fi
 	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
 	touch $@
 

@@ -200,6 +200,7 @@ def test_the_sum_of_bits_changes_with_each_bit() -> None:
         (["--engine.compile=true"], "engine.compile: true"),
         (["--model.sync_bn=true"], "model.sync_bn: true"),
         (["--optimizer.args={fused: true, momentum: 0.9}"], "a fused optimizer"),
+        (["--data.source=stream", "--data.num_samples=64", "--precise_bn.num_samples=0"], "data.source: stream"),
     ],
 )
 def test_what_cannot_be_promised_is_refused_by_name(argv: list[str], key: str, monkeypatch: pytest.MonkeyPatch) -> None:
