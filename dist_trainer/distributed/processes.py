@@ -16,6 +16,8 @@ from dist_trainer.errors import EXIT_STATUS, first_line
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 STATUS_FILE = "DIST_TRAINER_STATUS"
 """The variable that names the file into which ranks write how they ended."""
+ATTEMPT = "DIST_TRAINER_ATTEMPT"
+"""The variable in which a launcher names its attempt at a run, such as JOB.RESTARTS; STATE repeats it."""
 SECOND_AFTER_S = 2.0
 """A signal this long after the first is a second one: torchrun and Slurm each deliver the first, in milliseconds."""
 

@@ -1,6 +1,7 @@
 """The run folder: its layout, and the small files that other programs read."""
 
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
+from dist_trainer.distributed.processes import ATTEMPT
 from dist_trainer.errors import UserError
 from dist_trainer.run_folder import checkpoint
 from dist_trainer.run_folder.environment import describe_environment
@@ -158,13 +160,17 @@ class RunFolder:
         replace_text(self.path / "env.json", json.dumps(describe_environment(world_size), indent=1))
 
     def write_state(self, state: State) -> None:
-        """STATE: batch scripts decide from it, since exit codes under torchrun are not reliable."""
-        replace_text(self.path / "STATE", state + "\n")
+        """STATE: batch scripts decide from it, since exit codes under torchrun are not reliable.
+
+        Its second line is the attempt's name, if a launcher gave one: what another attempt left tells nothing of this.
+        """
+        attempt = os.environ.get(ATTEMPT)
+        replace_text(self.path / "STATE", f"{state}\n" + (f"{attempt}\n" if attempt else ""))
 
     def read_state(self) -> str | None:
-        """None in a folder without a run."""
+        """Of the last attempt; None in a folder without a run."""
         try:
-            return (self.path / "STATE").read_text().strip()
+            return (self.path / "STATE").read_text().partition("\n")[0].strip()
         except FileNotFoundError:
             return None
 

@@ -50,28 +50,47 @@ def digests(run: Path) -> dict[str, str]:
     return found
 
 
-def test_a_job_ends_as_its_ranks_do_and_submitting_it_again_resumes(slurm: Slurm, here: Path) -> None:
-    """One stopped by Slurm's signal to its script, as before the time limit: status 3, and the same line again ends
-    with the very weights of one process that was not disturbed. One with a mistake: status 2 in one line.
-
-    Mutations: torchrun's own status; its report; --kill-on-bad-exit, which ends the other node's ranks meanwhile.
-    """
-    job, mistaken = submit(slurm, here, *LONG, "--run.name=run"), submit(slurm, here, "--lr.peak=fast")
-    run, deadline = here / "runs" / "run", time.monotonic() + 90
+def started(slurm: Slurm, here: Path, job: str, name: str) -> Path:
+    """The run folder of a job that has logged its first step."""
+    run, deadline = here / "runs" / name, time.monotonic() + 90
     while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text()):
         assert time.monotonic() < deadline, (here / f"{job}.out").read_text()
         time.sleep(0.1)  # between two looks; the deadline decides
-    slurm("scancel", "--batch", "--signal=USR1", job)
-    assert slurm.wait(job) == ("FAILED", "3:0")
-    assert (run / "STATE").read_text() == "stopped\n"
-    assert slurm.wait(mistaken) == ("FAILED", "2:0")
-    said = (here / f"{mistaken}.out").read_text()
-    assert len([line for line in said.splitlines() if line.startswith("dist-trainer: lr.peak: ")]) == 1
-    assert "ChildFailedError" not in said and "Traceback" not in said
+    return run
+
+
+def state(run: Path) -> list[str]:
+    """[state, attempt]"""
+    return (run / "STATE").read_text().split()
+
+
+def test_a_stopped_job_queues_itself_again_and_ends_as_if_it_had_not_been_stopped(slurm: Slurm, here: Path) -> None:
+    """By Slurm's signal to its script, as before the time limit: it goes on by itself, to the very weights of one
+    process that was not disturbed. A second one is cancelled by its user, and stays so, saved. A third has a mistake:
+    status 2 in one line, and it is not tried again.
+
+    Mutations: requeue whatever STATE says; a STATE of another attempt counts; no veto by TERM; torchrun's own report.
+    """
     job = submit(slurm, here, *LONG, "--run.name=run")
+    mistaken = submit(slurm, here, "--lr.peak=fast", "--run.name=mistaken")
+    run = started(slurm, here, job, "run")
+    slurm("scancel", "--batch", "--signal=USR1", job)
+    assert slurm.wait(mistaken) == ("FAILED", "2:0")
+    said = (here / f"{mistaken}.out").read_text().splitlines()
+    assert len(said) == 1 and said[0].startswith("dist-trainer: lr.peak: ")
+    slurm.wait_for_restart(job)
+    assert state(run) == ["stopped", f"{job}.0"]
+
+    cancelled = submit(slurm, here, *LONG, "--run.name=cancelled")
+    other = started(slurm, here, cancelled, "cancelled")
+    slurm("scancel", cancelled)
+    assert slurm.wait(cancelled)[0] == "CANCELLED"
+    assert state(other) == ["stopped", f"{cancelled}.0"]
+
+    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits two minutes
     command = [sys.executable, "-m", "dist_trainer", "train", "small.yaml", *ARGV, *LONG, "--run.name=alone"]
     subprocess.run(command, cwd=here, check=True, capture_output=True, timeout=120)
     assert slurm.wait(job) == ("COMPLETED", "0:0"), (here / f"{job}.out").read_text()
-    assert (run / "STATE").read_text() == "done\n"
+    assert state(run) == ["done", f"{job}.1"]
     assert "resuming from step_" in (here / f"{job}.out").read_text()
     assert digests(run) == digests(here / "runs" / "alone")

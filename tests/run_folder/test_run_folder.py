@@ -211,6 +211,15 @@ def test_state_and_summary_round_trip(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["STATE", "summary.json"]  # nothing temporary
 
 
+def test_state_names_the_attempt_that_a_launcher_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a batch script knows whose it is. Mutation: the first line holds both, and no state is read."""
+    folder = RunFolder(tmp_path)
+    monkeypatch.setenv("DIST_TRAINER_ATTEMPT", "17.2")
+    folder.write_state("stopped")
+    assert (tmp_path / "STATE").read_text() == "stopped\n17.2\n"
+    assert folder.read_state() == "stopped"
+
+
 def test_the_environment_file_holds_no_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They hold secrets. Fails when os.environ is written."""
     monkeypatch.setenv("SOME_SECRET", "swordfish")

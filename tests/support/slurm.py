@@ -129,6 +129,13 @@ class Slurm:
         """sbatch in `folder`; the job's number."""
         return self._run(["sbatch", "--parsable", *argv], folder)
 
+    def wait_for_restart(self, job: str, seconds: float = 60) -> None:
+        """Until it is in the queue once more."""
+        deadline = time.monotonic() + seconds
+        while not re.search(r"JobState=PENDING.* Restarts=1 ", self("scontrol", "show", "job", job), re.DOTALL):
+            assert time.monotonic() < deadline, self("scontrol", "show", "job", job)
+            time.sleep(0.2)  # between two looks; the deadline decides
+
     def wait(self, job: str, seconds: float = 120) -> tuple[str, str]:
         """(its last state, its exit code), such as ("FAILED", "3:0")."""
         deadline = time.monotonic() + seconds
