@@ -94,3 +94,24 @@ def test_a_stopped_job_queues_itself_again_and_ends_as_if_it_had_not_been_stoppe
     assert state(run) == ["done", f"{job}.1"]
     assert "resuming from step_" in (here / f"{job}.out").read_text()
     assert digests(run) == digests(here / "runs" / "alone")
+
+
+@pytest.mark.slow  # a minute
+def test_a_preempted_job_goes_on_when_the_nodes_are_free_again(slurm: Slurm, here: Path) -> None:
+    """Slurm ends the ranks alone, and would call a script that ends within the grace time failed. It goes on
+    with one node fewer, to the same weights.
+
+    Mutation: leave the requeue to Slurm.
+    """
+    job = submit(slurm, here, *LONG, "--run.name=run")
+    run = started(slurm, here, job, "run")
+    other = slurm.submit(here, "--partition=high", "--nodes=4", "--output=%j.out", "--wrap=sleep 5")
+    slurm.wait_for_restart(job)
+    assert state(run) == ["stopped", f"{job}.0"]
+    assert slurm.wait(other) == ("COMPLETED", "0:0")
+    slurm("scontrol", "update", f"JobId={job}", "NumNodes=1", "StartTime=now")
+    assert slurm.wait(job) == ("COMPLETED", "0:0"), (here / f"{job}.out").read_text()
+    assert state(run) == ["done", f"{job}.1"]
+    command = [sys.executable, "-m", "dist_trainer", "train", "small.yaml", *ARGV, *LONG, "--run.name=alone"]
+    subprocess.run(command, cwd=here, check=True, capture_output=True, timeout=120)
+    assert digests(run) == digests(here / "runs" / "alone")

@@ -40,14 +40,18 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 KillWait=15
+SlurmdTimeout=20
 MinJobAge=3600
 MessageTimeout=10
 ReturnToService=2
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=REQUEUE GraceTime=20
+PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF
 """
 
 
@@ -112,7 +116,7 @@ class Slurm:
         for name in self._names:
             self("slurmd", "-N", name, "-f", self._config)
         deadline = time.monotonic() + 60
-        while self("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split() != self._names:
+        while self("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N").split() != self._names:
             assert time.monotonic() < deadline, (self._folder / "slurmctld.log").read_text()[-3000:]
             time.sleep(0.1)  # between two looks; the deadline decides
 
