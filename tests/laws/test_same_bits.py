@@ -106,8 +106,8 @@ def test_the_gradient_is_the_closed_form_in_any_buckets(tmp_path: Path, world: i
     """Of 4 and of 12 micro-batches: each rounded to 2^-48, the sum rounded to float32, in seven buckets. What nothing
     reaches is zero, in the second step too.
 
-    Mutations: float64 without the grid; launch buckets as they become ready; what was not reached keeps its former
-    value; the pieces of a bucket are cut elsewhere by sender and receiver.
+    Mutations: float64 without the grid; what was not reached keeps its former value; the pieces of a bucket are cut
+    elsewhere by sender and receiver.
     """
     run_ranks(world, "exact_reducer", tmp_path)
     for num_slots in NUM_SLOTS:
@@ -135,15 +135,18 @@ def test_exact_sums_are_fast_ones_up_to_rounding(runs: Path, tmp_path: Path, fas
 
 
 def test_the_summary_says_what_is_promised_and_the_digests(runs: Path) -> None:
-    """The digest is that of the weights in the checkpoint. Mutations: of the best weights; of bytes without names."""
+    """The digest is that of the weights in the checkpoint. Mutations: of the best weights; of bytes without names or
+    shapes.
+    """
     run = runs / "averaged-3"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["bits"].startswith("the same bits on any number of ranks")
     for name in ("model", "ema"):
         state = load_file(newest(run) / f"{name}.safetensors")
         assert summary["weights_sha256"][name] == digest_of(state)
-        swapped = {key: state[{"bn1.bias": "bn1.weight", "bn1.weight": "bn1.bias"}.get(key, key)] for key in state}
-        assert digest_of(swapped) != digest_of(state)
+        renamed = {f"{key}_": value for key, value in state.items()}
+        reshaped = {key: value[None] for key, value in state.items()}
+        assert len({digest_of(each) for each in (state, renamed, reshaped)}) == 3
     assert summary["weights_sha256"] == json.loads((runs / "averaged-1" / "summary.json").read_text())["weights_sha256"]
 
 
