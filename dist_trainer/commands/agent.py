@@ -12,16 +12,19 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from dist_trainer.distributed.processes import STATUS_FILE
-from dist_trainer.errors import EXIT_STATUS
+from dist_trainer.errors import EXIT_STATUS, UserError, first_line
 
 
 def command(argv: list[str]) -> int:
+    """Raises UserError for an argument that torchrun does not take."""
     status = "done"
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "status"
         os.environ[STATUS_FILE] = str(said)
         try:
             torchrun.run(torchrun.parse_args(argv))  # type: ignore[no-untyped-call]
+        except ValueError as error:  # of an argument
+            raise UserError(f"agent: {first_line(error)}") from None
         except ChildFailedError:  # one that said nothing was killed
             status = "fault"
         except SignalException:  # those that said nothing had not begun

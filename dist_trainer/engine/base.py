@@ -177,7 +177,7 @@ class Engine(Inference):
         labels = batch.labels.to(self._device, non_blocking=True)
         weight = batch.weight.to(self._device, non_blocking=True)
         total = weighted_sum(self._loss, logits, labels, weight, mix)
-        # Both engines average over the ranks. A power of two costs no bits; another world would.
+        # DDP and DeepSpeed average over the ranks; exact sums do not, since a factor of 3 would cost bits.
         over = 1 if self.is_exact else self.world.size
         self._backward(total * (over / self.plan.num_valid(address.step)))
         self._micro_step += 1

@@ -15,6 +15,7 @@ from running import ROOT
 
 from slurm import Slurm, missing, running_slurm
 
+# Named, not hidden: without root or Debian's package there is no Slurm to start. `make test` installs it where it can.
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "it is there")
 
 ARGV = ["--engine.sums=exact", "--wandb.mode=disabled"]

@@ -322,6 +322,13 @@ def variable(pid: int, name: str) -> str | None:
     return next((value for key, _, value in pairs if key == name), None)
 
 
+def test_a_wrong_argument_of_the_agent_is_one_line() -> None:
+    """Mutation: torchrun's traceback."""
+    argv = [sys.executable, "-m", "dist_trainer", "agent", "--nproc-per-node=many", "-m", "dist_trainer"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (2, "dist-trainer: agent: Unsupported nproc_per_node value: many\n")
+
+
 @pytest.mark.parametrize(
     ("said", "status"),
     [
