@@ -87,7 +87,7 @@ def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
     seconds = summary["seconds"]
     if "bits" in summary:
         rows["bits"] = summary["bits"] + "".join(
-            f"\n{name}: sha256 {digest}" for name, digest in summary["weights_sha256"].items()
+            f"\n{name}: sha256 {digest[:16]}..." for name, digest in summary["weights_sha256"].items()
         )
     rows["steps"] = f"{summary['steps']} ({plural(summary['epochs'], 'epoch')}, {summary['skipped']} skipped)"
     if changes := summary["changes"]:
