@@ -123,6 +123,7 @@ def save(run: Run) -> None:
         }
 
         def commit() -> None:
+            record.folder.check_owner()
             root = record.folder.checkpoints
             checkpoint.save(root, progress.step, tensors, state, run.config.checkpoint.keep_last)
             if learner.averaging is not None:

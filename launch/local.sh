@@ -1,15 +1,12 @@
 #!/usr/bin/env bash
 # Train on all devices of this box: launch/local.sh train CONFIG.yaml [--key.sub value ...]
 # Ranks: as many as there are GPUs (or cores), and no more than the config can feed. NPROC=N decides it by hand.
+# MAX_RESTARTS=N: after the death of a rank, torchrun starts all of them again, from the newest checkpoint.
 set -euo pipefail
 if [ $# -lt 2 ]; then echo "usage: $0 train CONFIG.yaml [--key.sub value ...]" >&2; exit 2; fi
 # Also says in one line what is wrong with the config, before ranks start.
 NPROC=$(dist-trainer plan "${@:2}" --show world ${NPROC:+--gpus "$NPROC"})
-cores=$(nproc)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores >= NPROC ? cores / NPROC : 1))}
-# Without it, torchrun's restarts read the dead ranks' addresses.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# torchrun, but it ends as its ranks do.
+# torchrun, but it ends as its ranks do, and it derives threads and addresses.
 dist-trainer agent --standalone --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-0}" -m dist_trainer "$@" &
 pid=$!
 trap 'kill -TERM "$pid" || :' TERM HUP USR1  # torchrun tells its ranks; of SIGUSR1 it would die

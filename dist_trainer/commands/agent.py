@@ -1,8 +1,10 @@
 """`agent`: torchrun, with its arguments, that ends as its ranks do and prints no report.
 
-Ranks have said already what went wrong; torchrun's 25 lines would hide it.
+Ranks have said already what went wrong; torchrun's 25 lines would hide it. What gloo, NCCL and the rendezvous have to
+know of this host is derived here; a variable that is set, and an argument that is given, stay as they are.
 """
 
+import argparse
 import os
 import tempfile
 from pathlib import Path
@@ -10,7 +12,10 @@ from pathlib import Path
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 
+from dist_trainer.distributed.cores import cores
+from dist_trainer.distributed.network import interface_of, is_own, own_address
 from dist_trainer.distributed.processes import STATUS_FILE
 from dist_trainer.errors import EXIT_STATUS, UserError, first_line
 
@@ -22,14 +27,48 @@ def command(argv: list[str]) -> int:
         said = Path(folder) / "status"
         os.environ[STATUS_FILE] = str(said)
         try:
-            torchrun.run(torchrun.parse_args(argv))  # type: ignore[no-untyped-call]
-        except ValueError as error:  # of an argument
+            args = torchrun.parse_args(argv)  # type: ignore[no-untyped-call]
+            describe_host(args)
+            torchrun.run(args)  # type: ignore[no-untyped-call]
+        except (ValueError, AssertionError) as error:  # of an argument
             raise UserError(f"agent: {first_line(error)}") from None
         except ChildFailedError:  # one that said nothing was killed
             status = "fault"
         except SignalException:  # those that said nothing had not begun
             status = "interrupted"
+        except (RendezvousError, ConnectionError, TimeoutError) as error:
+            print(f"dist-trainer: agent: no rendezvous at {args.rdzv_endpoint}: {first_line(error)}", flush=True)
+            return EXIT_STATUS["fault"]
         return first_of_last_attempt(said.read_text() if said.exists() else "", EXIT_STATUS[status])
+
+
+def describe_host(args: argparse.Namespace) -> None:
+    """Complete torchrun's arguments and the environment of the ranks, for this host (in place).
+
+    - the interface that leads to the rendezvous: gloo would take the one that the host's name resolves to, if it does;
+    - the address by which other hosts reach this one, and whether the rendezvous is here, which torchrun guesses from
+      names (pytorch #150532, #73656);
+    - the threads of a rank: its share of the cores;
+    - that restarts do not read the dead ranks' addresses from torchrun's store (pytorch #135712).
+
+    Raises UserError for a host name that does not resolve.
+    """
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    ranks = torchrun.determine_local_world_size(args.nproc_per_node)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
+    host = "localhost" if args.standalone else args.rdzv_endpoint.rpartition(":")[0]
+    if not host:
+        return
+    address = own_address(host)
+    if address is None:
+        raise UserError(f"agent: {host} does not resolve, or no interface leads there; give its address")
+    args.local_addr = args.local_addr or address
+    if interface := interface_of(address):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        if interface != "lo":
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+    if not args.standalone and "is_host" not in args.rdzv_conf:
+        args.rdzv_conf = ",".join(filter(None, [args.rdzv_conf, f"is_host={int(is_own(host))}"]))
 
 
 def first_of_last_attempt(said: str, otherwise: int) -> int:

@@ -28,18 +28,25 @@ def command(argv: list[str]) -> int:
     parser = new_parser("plan", "Everything that follows from a config, before any compute is used.")
     parser.add_argument("--gpus", type=int | None, default=None, help="ranks; default: what this machine can use")
     parser.add_argument(
+        "--at_most", type=int | None, default=None, help="as many of so many devices as the batch can feed"
+    )
+    parser.add_argument(
         "--samples", type=int | None, default=None, help="size of the training set, where it is not here"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--show", type=str | None, default=None, help="print one figure alone, such as world")
+    parser.add_argument(
+        "--show", type=str | None, default=None, help="print these figures alone, a line each, such as run,world"
+    )
     config, values = parse_config(parser, argv)
-    figures = plan_figures(config, stem(values), gpus=values.gpus, num_samples=values.samples)
+    gpus = values.gpus if values.at_most is None else largest_world(config.batch, values.at_most)
+    figures = plan_figures(config, stem(values), gpus=gpus, num_samples=values.samples)
     if values.show is not None:
-        if values.show not in figures:
-            raise UserError(
-                f"--show: no figure {values.show!r}{nearest(values.show, figures)}; there are: {', '.join(figures)}"
-            )
-        print(figures[values.show])
+        names = values.show.split(",")
+        for name in names:
+            if name not in figures:
+                raise UserError(f"--show: no figure {name!r}{nearest(name, figures)}; there are: {', '.join(figures)}")
+        for name in names:
+            print(figures[name])
     elif values.json:
         print(json.dumps(figures, indent=1))
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dist_trainer.config.arguments import Parser, new_parser, parse
-from dist_trainer.distributed.processes import cores
+from dist_trainer.distributed.cores import cores
 from dist_trainer.errors import UserError, plural
 from dist_trainer.storage.storage import refuse_secrets
 

@@ -20,7 +20,7 @@ from dist_trainer.data.order import ClassOrder, Kind, OrderSpec
 from dist_trainer.data.parallel import as_worker, start_resource_tracker
 from dist_trainer.data.samples import EvalSamples, FixedTrainSamples, TrainSamples, choose_samples
 from dist_trainer.data.unindexed import StreamSpec, TarStream
-from dist_trainer.distributed.processes import cores
+from dist_trainer.distributed.cores import cores
 from dist_trainer.distributed.watchdog import beat
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import LocalError, UserError

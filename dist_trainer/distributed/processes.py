@@ -1,4 +1,4 @@
-"""This process and its children: cores, signals, ending together. No torch here, so that workers start fast."""
+"""This process and its children: signals, ending together. No torch here, so that workers start fast."""
 
 import contextlib
 import ctypes
@@ -20,11 +20,6 @@ ATTEMPT = "DIST_TRAINER_ATTEMPT"
 """The variable in which a launcher names its attempt at a run, such as JOB.RESTARTS; STATE repeats it."""
 SECOND_AFTER_S = 2.0
 """A signal this long after the first is a second one: torchrun and Slurm each deliver the first, in milliseconds."""
-
-
-def cores() -> int:
-    """The number of cores that this process may use. Under Slurm or in a container it is less than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def launched_by_torchrun() -> bool:

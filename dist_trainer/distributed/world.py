@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from dist_trainer.distributed.processes import cores, die_with_parent, launched_by_torchrun
+from dist_trainer.distributed.cores import cores
+from dist_trainer.distributed.processes import die_with_parent, launched_by_torchrun
 from dist_trainer.errors import LocalError
 
 

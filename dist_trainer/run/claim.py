@@ -96,7 +96,7 @@ def claim_folder(
     def claim() -> dict[str, Any]:
         if config.checkpoint.keep_last < 1:
             raise UserError(f"checkpoint.keep_last: {config.checkpoint.keep_last}; keep at least 1 to resume from")
-        folder.claim()
+        folder.claim(terminal.say)
         changed = folder.check_identity(identity_keys, config.run.allow_change)
         found = {"changed": [asdict(change) for change in changed], "scored_on": folder.read_val_fingerprint()}
         if folder.read_state() == "done" and folder.read_summary() is not None and not changed:

@@ -42,7 +42,7 @@ class End:
         if self._folder is None or self._plan is None:
             return
         with contextlib.suppress(OSError):  # the disk may be what failed
-            if self._folder.read_state() == "running":
+            if self._folder.runs_in_this_attempt():
                 self._folder.write_summary(how_it_ends(state, reason, self.step, self._plan))
                 self._folder.write_state(state)
             if self._world.is_main:

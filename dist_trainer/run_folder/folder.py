@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from dist_trainer.run_folder import checkpoint
 from dist_trainer.run_folder.environment import describe_environment
 from dist_trainer.run_folder.identity import FREE, Change, changes, flatten, is_fixed, read_identity, row_of
 from dist_trainer.run_folder.owner import Ownership
+from dist_trainer.run_folder.what_follows import read_state
 from dist_trainer.storage.atomic import replace_text
 
 State = Literal["running", "done", "stopped", "mistake", "fault", "interrupted"]
@@ -51,9 +52,18 @@ class RunFolder:
         self.path = path
         self._ownership = Ownership(path)
 
-    def claim(self) -> None:
-        """Become the folder's owner. Raises UserError while another live trainer is."""
-        self._ownership.claim()
+    def claim(self, say: Callable[[str], None] = print) -> None:
+        """Become the folder's owner. Raises UserError while another live trainer is; `say` tells of waiting for it."""
+        self._ownership.claim(say)
+
+    @property
+    def token(self) -> str:
+        """Of this process's claim; `owner.read_owner` finds it in the folder that it claimed."""
+        return self._ownership.token
+
+    def check_owner(self) -> None:
+        """Raises LocalError if another trainer has taken the folder."""
+        self._ownership.check()
 
     def release(self) -> None:
         self._ownership.release()
@@ -169,10 +179,11 @@ class RunFolder:
 
     def read_state(self) -> str | None:
         """Of the last attempt; None in a folder without a run."""
-        try:
-            return (self.path / "STATE").read_text().partition("\n")[0].strip()
-        except FileNotFoundError:
-            return None
+        return read_state(self.path)[0]
+
+    def runs_in_this_attempt(self) -> bool:
+        """Whether no end of this attempt is recorded, and it has begun."""
+        return read_state(self.path) == ("running", os.environ.get(ATTEMPT))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         replace_text(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")

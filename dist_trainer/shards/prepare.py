@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.data.index import ShardIndex
-from dist_trainer.distributed.processes import cores
+from dist_trainer.distributed.cores import cores
 from dist_trainer.errors import LocalError, UserError, plural
 from dist_trainer.shards.build import ShardSet, build_index
 from dist_trainer.shards.classes import CLASSES_FILE, is_class_sorted, match_classes, numbering_note, read_classes

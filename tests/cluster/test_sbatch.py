@@ -42,7 +42,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def submit(slurm: Slurm, here: Path, *argv: str) -> str:
     """A job on two nodes; its output is in `here`/JOB.out."""
-    options = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--output=%j.out"]
+    options = ["--nodes=2", "--cpus-per-task=2", "--output=%j.out"]
     return slurm.submit(here, *options, str(ROOT / "slurm" / "train.sbatch"), "small.yaml", *ARGV, *argv)
 
 
@@ -54,8 +54,9 @@ def digests(run: Path) -> dict[str, str]:
 def started(slurm: Slurm, here: Path, job: str, name: str) -> Path:
     """The run folder of a job that has logged its first step."""
     run, deadline = here / "runs" / name, time.monotonic() + 90
-    while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text()):
-        assert time.monotonic() < deadline, (here / f"{job}.out").read_text()
+    while not ((run / "metrics.jsonl").exists() and '"train/loss"' in (run / "metrics.jsonl").read_text()):
+        said = (here / f"{job}.out").read_text() if (here / f"{job}.out").exists() else ""
+        assert time.monotonic() < deadline and "dist-trainer: " not in said, said
         time.sleep(0.1)  # between two looks; the deadline decides
     return run
 
@@ -80,19 +81,19 @@ def test_a_stopped_job_queues_itself_again_and_ends_as_if_it_had_not_been_stoppe
     said = (here / f"{mistaken}.out").read_text().splitlines()
     assert len(said) == 1 and said[0].startswith("dist-trainer: lr.peak: ")
     slurm.wait_for_restart(job)
-    assert state(run) == ["stopped", f"{job}.0"]
+    assert state(run) == ["stopped", f"{job}.0.0"]
 
     cancelled = submit(slurm, here, *LONG, "--run.name=cancelled")
     other = started(slurm, here, cancelled, "cancelled")
     slurm("scancel", cancelled)
     assert slurm.wait(cancelled)[0] == "CANCELLED"
-    assert state(other) == ["stopped", f"{cancelled}.0"]
+    assert state(other) == ["stopped", f"{cancelled}.0.0"]
 
     slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits two minutes
     command = [sys.executable, "-m", "dist_trainer", "train", "small.yaml", *ARGV, *LONG, "--run.name=alone"]
     subprocess.run(command, cwd=here, check=True, capture_output=True, timeout=120)
     assert slurm.wait(job) == ("COMPLETED", "0:0"), (here / f"{job}.out").read_text()
-    assert state(run) == ["done", f"{job}.1"]
+    assert state(run) == ["done", f"{job}.1.0"]
     assert "resuming from step_" in (here / f"{job}.out").read_text()
     assert digests(run) == digests(here / "runs" / "alone")
 
@@ -108,11 +109,11 @@ def test_a_preempted_job_goes_on_when_the_nodes_are_free_again(slurm: Slurm, her
     run = started(slurm, here, job, "run")
     other = slurm.submit(here, "--partition=high", "--nodes=4", "--output=%j.out", "--wrap=sleep 5")
     slurm.wait_for_restart(job)
-    assert state(run) == ["stopped", f"{job}.0"]
+    assert state(run) == ["stopped", f"{job}.0.0"]
     assert slurm.wait(other) == ("COMPLETED", "0:0")
     slurm("scontrol", "update", f"JobId={job}", "NumNodes=1", "StartTime=now")
     assert slurm.wait(job) == ("COMPLETED", "0:0"), (here / f"{job}.out").read_text()
-    assert state(run) == ["done", f"{job}.1"]
+    assert state(run) == ["done", f"{job}.1.0"]
     command = [sys.executable, "-m", "dist_trainer", "train", "small.yaml", *ARGV, *LONG, "--run.name=alone"]
     subprocess.run(command, cwd=here, check=True, capture_output=True, timeout=120)
     assert digests(run) == digests(here / "runs" / "alone")

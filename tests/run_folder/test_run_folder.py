@@ -1,10 +1,6 @@
-"""The run folder: its name, its owner, and what is written into it."""
+"""The run folder: its name, and what is written into it."""
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,122 +15,6 @@ from dist_trainer.run_folder.folder import RunFolder
 from dist_trainer.run_folder.identity import identity
 
 CONFIG = TrainConfig(data=DataConfig(train="tars/train", val="tars/val"))
-
-
-# The owner
-
-CLAIM = """
-import sys
-from pathlib import Path
-from dist_trainer.errors import UserError
-from dist_trainer.run_folder.folder import RunFolder
-print("ready", flush=True)
-for line in sys.stdin:
-    try:
-        RunFolder(Path(line.strip())).claim()
-        print("claimed", flush=True)
-    except UserError:
-        print("refused", flush=True)
-"""
-
-
-class Claimer:
-    """A process that claims the folders it is told, and holds them until it ends."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, "-c", CLAIM]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def tell(self, folder: Path) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{folder}\n")
-        self.process.stdin.flush()
-
-    def answer(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-
-@pytest.fixture(scope="module")
-def claimers() -> Iterator[list[Claimer]]:
-    """Two; the last test that uses them kills the first."""
-    both = [Claimer(), Claimer()]
-    assert [claimer.answer() for claimer in both] == ["ready", "ready"]
-    yield both
-    for claimer in both:
-        claimer.process.kill()
-        claimer.process.communicate()
-
-
-def test_of_two_that_claim_at_once_one_is_refused(tmp_path: Path, claimers: list[Claimer]) -> None:
-    """A hundred times over. Fails, now and then, when looking for an owner and becoming it are two steps."""
-    for number in range(100):
-        for claimer in claimers:
-            claimer.tell(tmp_path / str(number))
-        assert sorted(claimer.answer() for claimer in claimers) == ["claimed", "refused"]
-
-
-def test_a_live_owner_is_respected_and_a_killed_one_is_succeeded(tmp_path: Path, claimers: list[Claimer]) -> None:
-    """While another process lives, a claim names it; after SIGKILL, before anyone has buried it, the claim succeeds.
-
-    Fails when a heartbeat must run out first, a zombie counts as alive, or the owner is not looked at.
-    """
-    folder, other = RunFolder(tmp_path / "run"), claimers[0]
-    other.tell(folder.path)
-    assert other.answer() == "claimed"
-    with pytest.raises(UserError) as caught:
-        folder.claim()
-    assert f"process {other.process.pid} " in message(caught)
-    other.process.kill()
-    os.waitid(os.P_PID, other.process.pid, os.WEXITED | os.WNOWAIT)  # dead, but still in the process table
-    folder.claim()
-    assert json.loads((folder.path / "owner.json").read_text())["pid"] == os.getpid()
-    folder.release()
-
-
-def test_a_folder_that_was_released_is_free(tmp_path: Path) -> None:
-    """Fails when the owner's file stays behind."""
-    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
-    first.claim()
-    with pytest.raises(UserError) as caught:
-        second.claim()
-    assert f"process {os.getpid()} " in message(caught)
-    first.release()
-    second.claim()
-    second.release()
-
-
-def test_a_process_that_got_the_number_of_a_dead_owner_is_not_the_owner(tmp_path: Path) -> None:
-    """Our own number, with another start. Fails when a process is told by its number alone."""
-    folder = RunFolder(tmp_path)
-    folder.claim()
-    owner = json.loads((tmp_path / "owner.json").read_text())
-    folder.release()
-    (tmp_path / "owner.json").write_text(json.dumps({**owner, "started": "1"}))
-    folder.claim()
-    folder.release()
-
-
-def test_an_owner_on_another_host_lives_by_its_heartbeat(tmp_path: Path) -> None:
-    """A beat from the far future is fresh, one from 1970 stale. Fails when owners elsewhere always, or never, live."""
-    folder = RunFolder(tmp_path)
-    owner = {"host": "elsewhere.invalid", "pid": 1, "started": "1", "job": "77"}
-    (tmp_path / "owner.json").write_text(json.dumps({**owner, "heartbeat": 1e12}))
-    with pytest.raises(UserError) as caught:
-        folder.claim()
-    assert "process 1 on elsewhere.invalid" in message(caught)
-    assert "job 77" in message(caught)
-    (tmp_path / "owner.json").write_text(json.dumps({**owner, "heartbeat": 0.0}))
-    folder.claim()
-    folder.release()
-
-
-def test_a_folder_that_cannot_be_made_is_refused_by_key(tmp_path: Path) -> None:
-    """Fails when OSError gets through."""
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError) as caught:
-        RunFolder(tmp_path / "file" / "run").claim()
-    assert message(caught).startswith("run.dir: ")
 
 
 # The config

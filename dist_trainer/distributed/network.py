@@ -1,0 +1,54 @@
+"""This host on its network: the interface that leads to another one, and whether an address is its own."""
+
+import ipaddress
+import socket
+
+import psutil
+
+ELSEWHERE = "203.0.113.1"
+"""An address of no host (RFC 5737): the route to it is the default one."""
+
+
+def _resolve(host: str) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    """Raises OSError."""
+    family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    return family, (str(address[0]), 9)
+
+
+def own_address(host: str) -> str | None:
+    """The address by which `host` reaches this host, or None where it does not resolve or has no route.
+
+    Nothing is sent. Where `host` is this one and resolves to loopback, as Debian's /etc/hosts has it, that of the
+    default route, if there is one.
+    """
+    try:
+        family, address = _resolve(host)
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)
+            own = str(probe.getsockname()[0])
+    except OSError:
+        return None
+    if is_own(host):
+        own = address[0]
+        if ipaddress.ip_address(own).is_loopback and host not in ("localhost", own):
+            return own_address(ELSEWHERE) or own
+    return own
+
+
+def is_own(host: str) -> bool:
+    """Whether `host` names this host: a socket can be bound to it."""
+    try:
+        family, address = _resolve(host)
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((address[0], 0))
+            return True
+    except OSError:
+        return False
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the interface with this address of this host, such as eth0."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in entries):
+            return str(name)
+    return None
