@@ -9,6 +9,7 @@ from dist_trainer.distributed.collectives import on_main
 from dist_trainer.errors import LocalError, UserError
 from dist_trainer.run.scoring import score_all, score_average
 from dist_trainer.run.state import Run
+from dist_trainer.run.step_sums import Stopped
 from dist_trainer.run.summary import finish_run
 from dist_trainer.run_folder import checkpoint
 
@@ -28,6 +29,9 @@ def train(run: Run) -> str | None:
     plan, sums, progress, bad_samples = run.plan, run.sums, run.progress, run.record.bad_samples
     if plan.due(progress.step, run.intervals.eval) and progress.evaluated_step < progress.step:
         validate(run)  # a stop or a failure came between a step and its evaluation
+        if sums.stop:
+            save(run)
+            return sums.stop
     for step, batches in run.streams.train.steps(start=progress.step):
         train_step(run, step, batches)
         if bad_samples.outage:
@@ -47,7 +51,7 @@ def train(run: Run) -> str | None:
             not_finite(run)
     if run.learner.averaging is not None:
         average_snapshots(run)
-    return None
+    return sums.stop
 
 
 def train_step(run: Run, step: int, batches: Iterator[Batch]) -> None:
@@ -93,10 +97,16 @@ def average_snapshots(run: Run) -> None:
 
 @contextlib.contextmanager
 def scoring(run: Run) -> Iterator[None]:
-    """A block that scores weights. If it fails, the run is saved before UserError is raised: no training is lost."""
+    """A block that scores weights, cut short by a stop: then it is to be run again, from its begin.
+
+    If it fails, the run is saved before UserError is raised: no training is lost.
+    """
+    last = dict(run.progress.last)
     try:
         with run.paused("eval"):
             yield
+    except Stopped:
+        run.progress.last = last
     except LocalError:
         raise
     except UserError as error:

@@ -7,17 +7,23 @@ know of this host is derived here; a variable that is set, and an argument that 
 import argparse
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from torch.distributed import run as torchrun
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.launcher import api as launcher
 
 from dist_trainer.distributed.cores import cores
 from dist_trainer.distributed.network import interface_of, is_own, own_address
 from dist_trainer.distributed.processes import STATUS_FILE
 from dist_trainer.errors import EXIT_STATUS, UserError, first_line
+
+EXIT_BARRIER_S = 10.0
+"""How long an agent whose ranks have ended waits for the others; torch's 300 s pass where one was told to stop."""
 
 
 def command(argv: list[str]) -> int:
@@ -29,6 +35,7 @@ def command(argv: list[str]) -> int:
         try:
             args = torchrun.parse_args(argv)  # type: ignore[no-untyped-call]
             describe_host(args)
+            launcher.LocalElasticAgent = partial(LocalElasticAgent, exit_barrier_timeout=EXIT_BARRIER_S)  # type: ignore
             torchrun.run(args)  # type: ignore[no-untyped-call]
         except (ValueError, AssertionError) as error:  # of an argument
             raise UserError(f"agent: {first_line(error)}") from None

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from dist_trainer.distributed.processes import lost_contact, status_of_rank
+from dist_trainer.distributed.slurm import describe_rank
 from dist_trainer.errors import EXIT_STATUS, LocalError, UserError, nearest
 
 USAGE = """usage: dist-trainer COMMAND ...
@@ -33,13 +34,13 @@ Several --config files merge left to right. --print_config shows the whole confi
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run one command and end the process, with a status of errors.EXIT_STATUS."""
-    alone, rank = False, f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+    alone = False
     try:
         status = dispatch(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         alone = isinstance(error, LocalError)
         if _is_main() or alone:
-            _complain(f"dist-trainer: {rank if alone else ''}{error}")
+            _complain(f"dist-trainer: {_rank() if alone else ''}{error}")
         status = EXIT_STATUS["mistake"]
     except KeyboardInterrupt:
         status = EXIT_STATUS["interrupted"]
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
         silence_loaders()
         line = loader_fault(error)
-        _complain(f"dist-trainer: {rank}{line}" if line else rank + _fault(error))
+        _complain(f"dist-trainer: {_rank()}{line}" if line else _rank() + _fault(error))
         status, alone = EXIT_STATUS["mistake" if line else "fault"], True
     # Not sys.exit: after an error, other ranks may wait in a collective that interpreter shutdown would wait for too.
     for stream in (sys.stdout, sys.stderr):
@@ -62,6 +63,10 @@ def main(argv: list[str] | None = None) -> NoReturn:
 def _complain(line: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         print(line, file=sys.stderr)
+
+
+def _rank() -> str:
+    return f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
 
 
 def _is_main() -> bool:
@@ -85,10 +90,14 @@ COMMANDS = {
     "cp": "shipped:copy_shipped",
 }
 """Where each command is in this folder. Only the one that runs is imported."""
+WITH_RANKS = ("train", "eval", "average")
+"""The commands that run on several ranks; srun may have started them."""
 
 
 def dispatch(argv: list[str]) -> int:
     """Run the command that `argv` names; returns its exit status. Raises UserError."""
+    if argv and argv[0] in WITH_RANKS:
+        describe_rank()
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0

@@ -4,7 +4,7 @@ There is no state per rank: torch's DataLoader gives addresses to workers in tur
 After a restart the loop asks for the next address.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from dist_trainer.data.parallel import as_worker, start_resource_tracker
 from dist_trainer.data.samples import EvalSamples, FixedTrainSamples, TrainSamples, choose_samples
 from dist_trainer.data.unindexed import StreamSpec, TarStream
 from dist_trainer.distributed.cores import cores
+from dist_trainer.distributed.slurm import cores_per_task, is_task
 from dist_trainer.distributed.watchdog import beat
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import LocalError, UserError
@@ -30,7 +31,8 @@ from dist_trainer.plan import Plan
 def num_workers(config: DataConfig, world: World) -> int:
     """Loader processes per rank: this rank's share of the cores, less the one that computes."""
     if config.workers == "auto":
-        return max(0, min(cores() // world.local_size - 1, 16))
+        share = min(cores(), cores_per_task()) if is_task() else cores() // world.local_size
+        return max(0, min(share - 1, 16))
     if config.workers < 0:
         raise UserError(f"data.workers: {config.workers} is negative; 0 loads in the training process, auto decides")
     return config.workers
@@ -188,6 +190,8 @@ class _FixedBatches:
     """This rank's share of `num_batches` batches, the same at every iteration. Loader workers stay alive in between."""
 
     def __init__(self, samples: Dataset[Batch], num_batches: int, size: int, config: DataConfig, world: World) -> None:
+        self.between: Callable[[], None] = lambda: None
+        """Called after every batch; what it raises ends the iteration."""
         self._device = world.device
         self._addresses = _EvalAddresses(num_batches, size, world)
         self._loader: DataLoader[Batch] | None = _loader(samples, self._addresses, num_workers(config, world), world)
@@ -195,7 +199,9 @@ class _FixedBatches:
     def __iter__(self) -> Iterator[Batch]:
         """As many batches on every rank, surplus ones as ghosts. Raises LocalError for one that could not be made."""
         assert self._loader is not None, "closed"
-        return _on_device(self._loader, self._device)
+        for batch in _on_device(self._loader, self._device):
+            yield batch
+            self.between()
 
     def close(self) -> None:
         """End the loader workers. The garbage collector would wait 5 s in vain for each (torch 2.14): it ends the

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -50,7 +50,7 @@ def broadcast_tensors(world: World, tensors: Iterable[torch.Tensor]) -> None:
         return
     for tensor in tensors:
         values = tensor.detach().cpu().contiguous()
-        dist.broadcast(values, 0, group=world.host_group)
+        dist.broadcast(values.reshape(-1).view(torch.uint8), 0, group=world.host_group)  # any dtype
         tensor.detach().copy_(values)
 
 
@@ -103,6 +103,24 @@ def on_main(world: World, work: Callable[[], T]) -> T:
         raise UserError(outcome["error"])
     result: T = outcome["value"]
     return result
+
+
+def read_on_main(world: World, read: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Named tensors that rank 0 reads, on every rank, on the host (collective). Errors are as those of `on_main`.
+
+    A thousand ranks that read one file would wait for each other, and for its storage.
+    """
+    found: dict[str, torch.Tensor] = {}
+
+    def work() -> dict[str, list[Any]]:
+        found.update(read())
+        return {name: [str(each.dtype).removeprefix("torch."), *each.shape] for name, each in found.items()}
+
+    for name, (kind, *shape) in on_main(world, work).items():
+        if not world.is_main:
+            found[name] = torch.empty(shape, dtype=getattr(torch, kind))
+    broadcast_tensors(world, found.values())
+    return found
 
 
 def differing_ranks(values: torch.Tensor) -> tuple[list[int], int] | None:

@@ -5,6 +5,7 @@ import ctypes
 import datetime
 import os
 import signal
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from dist_trainer.distributed.cores import cores
 from dist_trainer.distributed.processes import die_with_parent, launched_by_torchrun
+from dist_trainer.distributed.slurm import is_task
 from dist_trainer.errors import LocalError
 
 
@@ -65,13 +67,16 @@ def init_world(timeout_s: float = 660.0) -> World:
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_device = local_rank
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        if is_task() and torch.cuda.device_count() == 1:
+            local_device = 0  # Slurm shows each task its own GPU
+        if local_device >= torch.cuda.device_count():
             raise LocalError(
                 f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}. "
                 f"Paste: torchrun --nproc-per-node {torch.cuda.device_count()}"
             )
-        device, backend = torch.device("cuda", local_rank), "nccl"
+        device, backend = torch.device("cuda", local_device), "nccl"
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
@@ -88,6 +93,10 @@ def init_world(timeout_s: float = 660.0) -> World:
             store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
     elif "MASTER_ADDR" in os.environ and size > 1:
+        if rank == 0 or (local_rank == 0 and not is_task()):
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+            source = "Slurm's step has them" if is_task() else "WORLD_SIZE and MASTER_ADDR in the environment say"
+            print(f"waiting for {size} ranks at {where}, as {source}", file=sys.stderr, flush=True)
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     else:
         rank, size = 0, 1

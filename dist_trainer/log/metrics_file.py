@@ -12,15 +12,18 @@ Metrics = Mapping[str, float | int | None]
 
 
 class MetricsFile:
-    """Appends lines. A resumed run first drops those after its checkpoint, so that no step appears twice."""
+    """Appends lines. A resumed run first drops those after its checkpoint, so that no step appears twice; and scores of
+    that step unless all of them `are_whole`, since an evaluation that was cut short is made again."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, path: Path, resume_step: int, *, are_whole: bool = True) -> None:
         self._path = path
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_step]
+            if not are_whole:
+                kept = [line for line in kept if not (_step(line) == resume_step and '/top1"' in line)]
             replace_text(path, "".join(line + "\n" for line in kept))
 
-    def write(self, step: int, metrics: Metrics) -> None:
+    def write(self, step: int, metrics: Mapping[str, float | int | str | None]) -> None:
         """One write call per line: a reader, or a kill, sees whole lines. Raises LocalError when the disk refuses."""
         try:
             with self._path.open("a") as file:

@@ -5,9 +5,10 @@ last step, before clipping), train/skipped (steps not applied, so far), data/bad
 train/beyond (values of gradients so far that engine.sums: exact does not promise), ema/decay, val/top1, val/top5
 (fractions), val/loss, and the same with the other prefixes of SCORES, train_eval/top1, top5, loss (training samples
 with the evaluation's transform), train_eval/gap (its top1 less val/top1), perf/images_per_s, perf/data_wait (share of
-the time that rank 0 waited for data), epoch.
+the time that rank 0 waited for data), epoch. run/event (a line: how the run was started again), run/world.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,16 +48,19 @@ class Tracker:
         self._wandb: WandbRun | None = None
         self._beyond: float = 0
 
-    def open(self, folder: Path, step: int, wandb: WandbConfig, config: dict[str, Any]) -> None:
+    def open(
+        self, folder: Path, step: int, wandb: WandbConfig, config: dict[str, Any], *, is_evaluated: bool = True
+    ) -> None:
+        """At this step, whose evaluation was made to its end, or is still to be made."""
         if not self._world.is_main:
             return
-        self._file = MetricsFile(folder / "metrics.jsonl", step)
+        self._file = MetricsFile(folder / "metrics.jsonl", step, are_whole=is_evaluated)
         self._wandb = WandbRun(wandb, folder, folder.name, config)
         if self._wandb.note:
             self.terminal.say(self._wandb.note)
         self.terminal.start(step, self._total_steps)
 
-    def _write(self, step: int, metrics: Metrics) -> None:
+    def _write(self, step: int, metrics: Mapping[str, float | int | str | None]) -> None:
         if self._file is not None:
             self._file.write(step, metrics)
         if self._wandb is not None:
@@ -95,6 +99,11 @@ class Tracker:
             self.terminal.say(
                 f"step {step}: training samples: top-1 {metrics['top1']:.2%}, {100 * metrics['gap']:+.1f} points"
             )
+
+    def event(self, step: int, epoch: float, line: str, world: int) -> None:
+        """A restart, a requeue, a roll-back, in a `line`: run/event, and run/world, the ranks from here on."""
+        self._write(step, {"epoch": epoch, "run/event": line, "run/world": world})
+        self.terminal.say(line)
 
     def close(self, summary: dict[str, Any]) -> None:
         self.terminal.stop()

@@ -3,12 +3,11 @@
 import netrc
 import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
-
-from dist_trainer.log.metrics_file import Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,7 @@ class WandbRun:
             f"W&B: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; continuing without it"
         )
 
-    def log(self, step: int, metrics: Metrics) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | int | str | None]) -> None:
         if self._run is not None:
             try:
                 known = {name: value for name, value in metrics.items() if value is not None}

@@ -1,5 +1,6 @@
 """Claiming a run folder: at the start, with the initial weights, or at its newest checkpoint."""
 
+import socket
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,16 @@ from typing import Any
 from torch import nn
 
 from dist_trainer.config.tree import TrainConfig
-from dist_trainer.distributed.collectives import on_main
+from dist_trainer.distributed.collectives import gather_json, on_main, read_on_main
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import UserError
 from dist_trainer.log.console import Terminal
 from dist_trainer.models.pretrained import LoadReport, load_pretrained
 from dist_trainer.run.start_from import Source, find_source
 from dist_trainer.run_folder import checkpoint
-from dist_trainer.run_folder.folder import RunFolder
+from dist_trainer.run_folder.folder import RunFolder, Start
 from dist_trainer.run_folder.identity import Change
+from dist_trainer.run_folder.owner import sees_owner
 from dist_trainer.storage.storage import Storage
 
 
@@ -31,6 +33,8 @@ class Claim:
     """Keys of the training result that have other values from here on (run.allow_change)."""
     source: Source | None
     """What a run without a checkpoint begins with, whose weights are in the model already; None: its own weights."""
+    before: Start | None
+    """The start before this one; None in a new folder."""
     scored_on: str | None
     """The fingerprint of the validation set that the run was last started with; None in a new folder."""
 
@@ -75,12 +79,30 @@ def load_initial_weights(config: TrainConfig, model: nn.Module, world: World) ->
     source = None
     if found := on_main(world, lambda: as_json(find_source(config))):
         source = Source(Path(found["checkpoint"]), found["with_optimizer"])
-        checkpoint.load_into(model, checkpoint.load_tensors(source.checkpoint, "model"), f"run.start_from: {source}")
+        folder = source.checkpoint
+        weights = read_on_main(world, lambda: checkpoint.load_tensors(folder, "model"))
+        checkpoint.load_into(model, weights, f"run.start_from: {source}")
     return source
 
 
 def as_json(source: Source | None) -> dict[str, Any]:
     return {} if source is None else {**asdict(source), "checkpoint": str(source.checkpoint)}
+
+
+def check_hosts(folder: RunFolder, token: str, world: World) -> None:
+    """Raises UserError, on every rank, if a host does not see the folder that rank 0 has claimed (collective).
+
+    Rank 0 alone writes it, but after a restart rank 0 may be elsewhere.
+    """
+    if world.size == world.local_size:
+        return
+    blind = "" if world.local_rank or sees_owner(folder.path, token) else socket.gethostname()
+    if blind_hosts := [host for host in gather_json(world, blind) if host]:
+        on_main(world, folder.release)
+        raise UserError(
+            f"run.dir: {', '.join(blind_hosts)}: sees another {folder.path} than rank 0's host does: name a folder on "
+            "storage that all hosts share"
+        )
 
 
 def claim_folder(
@@ -98,7 +120,13 @@ def claim_folder(
             raise UserError(f"checkpoint.keep_last: {config.checkpoint.keep_last}; keep at least 1 to resume from")
         folder.claim(terminal.say)
         changed = folder.check_identity(identity_keys, config.run.allow_change)
-        found = {"changed": [asdict(change) for change in changed], "scored_on": folder.read_val_fingerprint()}
+        before = folder.last_start()
+        found: dict[str, Any] = {
+            "changed": [asdict(change) for change in changed],
+            "scored_on": folder.read_val_fingerprint(),
+        }
+        found["token"] = folder.token
+        found["before"] = None if before is None else asdict(before)
         if folder.read_state() == "done" and folder.read_summary() is not None and not changed:
             folder.release()
             return {**found, "is_complete": True, "checkpoint": None}
@@ -113,11 +141,14 @@ def claim_folder(
         return {**found, "is_complete": False, "checkpoint": str(newest) if newest else None}
 
     found = on_main(world, claim)
+    if not found["is_complete"]:
+        check_hosts(folder, found["token"], world)
     return Claim(
         folder=folder,
         is_complete=found["is_complete"],
         checkpoint=Path(found["checkpoint"]) if found["checkpoint"] else None,
         changed=[Change(**change) for change in found["changed"]],
         source=None,
+        before=Start(**found["before"]) if found["before"] else None,
         scored_on=found["scored_on"],
     )

@@ -1,5 +1,6 @@
 """The data of a run: found or indexed on one rank, opened on all, streamed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,11 +110,19 @@ class Streams:
     notes: list[str]
     """Lines for the user."""
 
+    def between_batches(self, call: Callable[[], None]) -> None:
+        """Call it after every batch of all but training; what it raises ends that iteration."""
+        for stream in self._fixed:
+            stream.between = call
+
     def close(self) -> None:
         """End the loader workers of all but training, whose loader ends with its loop."""
-        for stream in (self.val, self.train_eval, self.bn_samples):
-            if stream is not None:
-                stream.close()
+        for stream in self._fixed:
+            stream.close()
+
+    @property
+    def _fixed(self) -> list[EvalStream | FixedSampleStream]:
+        return [stream for stream in (self.val, self.train_eval, self.bn_samples) if stream is not None]
 
 
 def open_streams(config: TrainConfig, data: RunData, plan: Plan, augment: Augment, world: World) -> Streams:

@@ -10,7 +10,7 @@ from torch import nn
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.index import ShardIndex
-from dist_trainer.distributed.collectives import on_main
+from dist_trainer.distributed.collectives import on_main, read_on_main
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import UserError
 from dist_trainer.run.data import repaired_samples
@@ -22,27 +22,32 @@ from dist_trainer.tricks.sync_bn import check_same_world
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint whose weights are in the model already."""
+    """A checkpoint whose weights are in the model already. Rank 0 alone reads it."""
 
     folder: Path
     state: dict[str, Any]
     """What its state.json holds."""
+    names: list[str]
+    """Of its files of tensors."""
+    world: World
 
     @property
     def num_beyond(self) -> int:
         """Gradient values so far that exact sums did not promise."""
         return int(self.state.get("beyond", 0))
 
-    def has(self, name: str) -> bool:
-        return (self.folder / f"{name}.safetensors").exists()
-
     def tensors(self, name: str) -> State:
-        return checkpoint.load_tensors(self.folder, name)
+        """On every rank (collective). Raises UserError for a file that cannot be read."""
+        return read_on_main(self.world, lambda: checkpoint.load_tensors(self.folder, name))
 
 
 def load_model(folder: Path, model: nn.Module, config: TrainConfig, world: World) -> Saved:
-    """Load a checkpoint's weights into the model, before an engine takes it. Raises UserError if they do not fit."""
-    saved = Saved(folder, checkpoint.load_state(folder))
+    """Load a checkpoint's weights into the model, before an engine takes it (collective).
+
+    Raises UserError if they do not fit.
+    """
+    state = on_main(world, lambda: checkpoint.load_state(folder))
+    saved = Saved(folder, state, on_main(world, lambda: checkpoint.tensor_names(folder)), world)
     if config.model.sync_bn:
         check_same_world(saved.state["world"], world.size)
     if world.device.type == "cpu" and saved.state["world"] == world.size and not config.engine.is_exact:
@@ -70,7 +75,7 @@ def restore(
     progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
     if learner.ema is not None:
         updates = progress.step - progress.skipped
-        if saved.has("ema"):
+        if "ema" in saved.names:
             learner.weights.load_ema(saved.tensors("ema"), updates)
         else:
             learner.ema.begin_after(updates)

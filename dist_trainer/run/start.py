@@ -1,5 +1,6 @@
 """Putting a run together, from the start or from a checkpoint: `prepare_run`, then `build_run`."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.bad_samples import BadSampleLog
 from dist_trainer.data.stream import FixedSampleStream
 from dist_trainer.distributed.collectives import on_main
-from dist_trainer.distributed.processes import StopRequest
+from dist_trainer.distributed.processes import ATTEMPT, StopRequest
 from dist_trainer.distributed.world import World
 from dist_trainer.engine.base import Engine, EngineConfig
 from dist_trainer.engine.build import build_engine
@@ -24,6 +25,7 @@ from dist_trainer.log.tracker import Tracker
 from dist_trainer.plan import Plan
 from dist_trainer.run.advice import warnings
 from dist_trainer.run.averaging import Averaging
+from dist_trainer.run.began import how_it_goes_on
 from dist_trainer.run.blueprint import Blueprint, make_blueprint
 from dist_trainer.run.claim import Claim, claim_or_initialise
 from dist_trainer.run.data import RunData, Streams, open_data, open_streams
@@ -114,7 +116,10 @@ def build_run(
     elif claim.source is not None and claim.source.with_optimizer:
         load_optimizer(claim.source, learner)
     open_logs(prepared, config=config, learner=learner, record=record, progress=progress, world=world)
+    tell_of_start(prepared, record, progress.step, rolled_back=resume_after > 0)
     progress.skip_to(resume_after)
+    sums = step_sums(blueprint.plan, learner, record, stop, world, num_beyond=saved.num_beyond if saved else 0)
+    streams.between_batches(sums.check_stop)
     return Run(
         config=config,
         world=world,
@@ -123,7 +128,7 @@ def build_run(
         streams=streams,
         learner=learner,
         record=record,
-        sums=step_sums(blueprint.plan, learner, record, stop, world, num_beyond=saved.num_beyond if saved else 0),
+        sums=sums,
         progress=progress,
         resumed_from=claim.checkpoint,
     )
@@ -243,7 +248,17 @@ def open_logs(
         for note in learner.averaging.resume(progress.evaluated_step):
             terminal.say(note)
     facts = {**config.as_dict(), "world": world.size, "git": git_revision(), "changes": history}
-    record.tracker.open(folder.path, progress.step, config.wandb, facts)
+    is_evaluated = progress.evaluated_step == progress.step
+    record.tracker.open(folder.path, progress.step, config.wandb, facts, is_evaluated=is_evaluated)
+
+
+def tell_of_start(prepared: PreparedRun, record: Record, step: int, *, rolled_back: bool) -> None:
+    """One line and one record, unless it is the run's first start."""
+    before, plan = prepared.claim.before, prepared.blueprint.plan
+    if before is not None:
+        attempt = os.environ.get(ATTEMPT)
+        line = how_it_goes_on(before, attempt=attempt, world=plan.world, step=step, rolled_back=rolled_back)
+        record.tracker.event(step, plan.epoch(step), line, plan.world)
 
 
 def step_sums(

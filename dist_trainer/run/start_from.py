@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from dist_trainer.config.tree import TrainConfig
+from dist_trainer.distributed.collectives import on_main, read_on_main
 from dist_trainer.errors import UserError
 from dist_trainer.run.state import Learner
 from dist_trainer.run_folder import checkpoint
@@ -71,7 +72,8 @@ def _optimizer_of(run: Path) -> str:
 
 
 def load_optimizer(source: Source, learner: Learner) -> None:
-    """The source's momentum and, where both have one, its moving average. Call it before the first step."""
-    learner.engine.load_optimizer_state(checkpoint.load_tensors(source.checkpoint, "optim"))
-    if learner.ema is not None and (source.checkpoint / "ema.safetensors").exists():
-        learner.weights.load_ema(checkpoint.load_tensors(source.checkpoint, "ema"), 0)
+    """The source's momentum and, where both have one, its moving average (collective), before the first step."""
+    world, folder = learner.engine.world, source.checkpoint
+    learner.engine.load_optimizer_state(read_on_main(world, lambda: checkpoint.load_tensors(folder, "optim")))
+    if learner.ema is not None and "ema" in on_main(world, lambda: checkpoint.tensor_names(folder)):
+        learner.weights.load_ema(read_on_main(world, lambda: checkpoint.load_tensors(folder, "ema")), 0)

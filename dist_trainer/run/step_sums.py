@@ -1,9 +1,12 @@
 """One asynchronous sum over the ranks per step: loss, counts, stop votes, batch-norm sums."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from dist_trainer.data.bad_samples import BadSample, BadSampleLog
 from dist_trainer.data.batch import Batch
@@ -15,6 +18,10 @@ from dist_trainer.log.meter import Meter
 from dist_trainer.plan import Plan
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema
+
+
+class Stopped(Exception):
+    """An evaluation was cut short, since some rank was asked to stop."""
 
 
 class StepSums:
@@ -49,7 +56,30 @@ class StepSums:
         self._head = 5 + len(STOP_SIGNALS)
         self._sum = PackedSum(self._head, world.device)
         self._applied = True
+        self._votes: tuple[Any, torch.Tensor] | None = None
         self._reset()
+
+    def check_stop(self) -> None:
+        """Between two batches of an evaluation (collective): raises Stopped, on every rank after the same batch.
+
+        The votes are those of the batch before, so nobody waits.
+        """
+        if self._votes is not None:
+            work, votes = self._votes
+            work.wait()
+            self._count(votes.tolist())
+        if self.stop:
+            raise Stopped
+        votes = torch.tensor(self._own_votes())
+        self._votes = dist.all_reduce(votes, group=self._world.host_group, async_op=True), votes
+
+    def _own_votes(self) -> list[float]:
+        return [float(self._stop_request.signal == name) for name in STOP_SIGNALS]
+
+    def _count(self, votes: Sequence[float]) -> None:
+        for name, count in zip(STOP_SIGNALS, votes, strict=True):
+            if count:
+                self.stop = name
 
     def _reset(self) -> None:
         self._loss = torch.zeros(2, dtype=torch.float64, device=self._device)
@@ -72,10 +102,9 @@ class StepSums:
         `beyond`: how many values of this rank's gradients exact sums do not promise (engine/exact.py).
         """
         self.finish()
-        votes = [float(self._stop_request.signal == name) for name in STOP_SIGNALS]
         pinned = self._device.type == "cuda"  # a copy from pageable memory would wait for the device
         num_problems = float(len(self._bad) + len(self._outages))
-        values = [0.0, 0.0, 0.0, self._num_samples, num_problems, *votes]
+        values = [0.0, 0.0, 0.0, self._num_samples, num_problems, *self._own_votes()]
         head = torch.tensor(values, dtype=torch.float64, pin_memory=pinned).to(self._device, non_blocking=True)
         head[:2] = self._loss
         head[2] = beyond
@@ -101,9 +130,7 @@ class StepSums:
             self._batch_norm.update(vector[self._head :], self._plan.num_slots)
             if self._ema is not None:
                 self._ema.update_statistics(self._batch_norm.running)
-        for name, count in zip(STOP_SIGNALS, votes, strict=True):
-            if count:
-                self.stop = name
+        self._count(votes)
 
     def _share_problems(self) -> None:
         """Tell all ranks of bad samples and outages that some rank met (collective; rare)."""

@@ -96,6 +96,11 @@ def load_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def tensor_names(folder: Path) -> list[str]:
+    """What `load_tensors` can load: model, optim, ema, ..."""
+    return sorted(path.stem for path in folder.glob("*.safetensors"))
+
+
 def load_tensors(folder: Path, name: str) -> State:
     """`name`.safetensors, on the host. Raises UserError for another kind of file."""
     return read_tensors(folder / f"{name}.safetensors")

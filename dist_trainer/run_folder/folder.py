@@ -45,6 +45,18 @@ class RunConfig:
     """Keys that may have another value than the run was started with: it goes on with the new one."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a run folder tells of a start."""
+
+    state: str
+    """How it ended; "running": it was killed."""
+    attempt: str | None
+    """Its name, if a launcher gave one."""
+    world: int | None
+    """Its number of ranks."""
+
+
 class RunFolder:
     """`path`, owned by this process from `claim` until `release`. Used on rank 0 alone."""
 
@@ -180,6 +192,17 @@ class RunFolder:
     def read_state(self) -> str | None:
         """Of the last attempt; None in a folder without a run."""
         return read_state(self.path)[0]
+
+    def last_start(self) -> Start | None:
+        """The start before this one, as long as this one has written nothing; None in a new folder."""
+        state, attempt = read_state(self.path)
+        if state is None:
+            return None
+        try:
+            world = json.loads((self.path / "env.json").read_text())["world"]
+        except (OSError, ValueError, KeyError):
+            world = None
+        return Start(state, attempt, world)
 
     def runs_in_this_attempt(self) -> bool:
         """Whether no end of this attempt is recorded, and it has begun."""

@@ -132,6 +132,21 @@ class Ownership:
             (self.path / "owner.json").unlink(missing_ok=True)
 
 
+def sees_owner(path: Path, token: str, patience_s: float = 10.0) -> bool:
+    """Whether the run folder `path`, as this host sees it, is the one that was claimed with `token`.
+
+    Network file systems show another host's file with a delay.
+    """
+    until = time.monotonic() + patience_s
+    while (read_owner(path) or {}).get("token") != token:
+        if time.monotonic() > until:
+            return False
+        with contextlib.suppress(OSError):
+            list(path.iterdir())  # makes NFS look again
+        time.sleep(0.1)
+    return True
+
+
 def read_owner(path: Path) -> dict[str, Any] | None:
     """What owner.json of the run folder `path` says; None where there is none, or none that parses."""
     try:

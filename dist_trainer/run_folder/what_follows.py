@@ -11,9 +11,10 @@ from dist_trainer.errors import EXIT_STATUS
 from dist_trainer.storage.atomic import replace_text
 
 Next = Literal["end", "requeue", "restart"]
-"""end: for good. requeue: it was stopped from outside, and saved. restart: it crashed, and may not do so again."""
+"""end: for good. requeue: it was stopped and saved, or crashed again, maybe for a host that is lost, which a scheduler
+notices minutes later. restart: it crashed, and is to start again where it is, at once."""
 MAX_CRASHES = 3
-"""Restarts after crashes without a new checkpoint in between."""
+"""Crashes without a new checkpoint in between that are followed by another attempt."""
 
 
 def read_state(run: Path) -> tuple[str | None, str | None]:
@@ -44,7 +45,10 @@ def what_follows(run: Path, attempt: str | None, status: int) -> tuple[Next, str
     how = {None: "ended before the run began", "running": "was killed"}.get(state, "had a fault")
     if count > MAX_CRASHES:
         return "end", f"{run}: {how}, for the {count}th time since {at or 'the start'}: look at the lines above"
-    return "restart", f"{run}: {how}; restart {count} of {MAX_CRASHES} since {at or 'the start'}"
+    return (
+        "restart" if count == 1 else "requeue",
+        f"{run}: {how}; again, {count} of {MAX_CRASHES} since {at or 'the start'}",
+    )
 
 
 def newest(run: Path) -> str | None:

@@ -47,22 +47,23 @@ def test_the_state_of_this_attempt_decides(
     assert what_follows(tmp_path, "7.1.0", 3)[0] == "restart"
 
 
-def test_a_crash_is_followed_by_at_most_three_restarts_without_progress(
+def test_three_crashes_without_progress_are_followed_by_another_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A new checkpoint begins the count anew, one without its manifest does not; whether the folder was there or not.
+    """The first at once, the others by the queue, which may give other hosts. A new checkpoint begins the count anew,
+    one without its manifest does not; whether the folder was there or not.
 
     Mutations: count the crashes of the whole run; a folder without a manifest is progress; count from 0 at each start.
     """
     run = tmp_path / "run"
     follow = [what_follows(run, ATTEMPT, 137)[0] for _ in range(MAX_CRASHES + 1)]
-    assert follow == ["restart"] * MAX_CRASHES + ["end"]
+    assert follow == ["restart", *["requeue"] * (MAX_CRASHES - 1), "end"]
     ended(run, "running", monkeypatch)
     (run / "checkpoints" / "step_00000010").mkdir(parents=True)
     assert what_follows(run, ATTEMPT, 1)[0] == "end"
     (run / "checkpoints" / "step_00000010" / "MANIFEST.json").touch()
     word, why = what_follows(run, ATTEMPT, 1)
-    assert word == "restart" and "restart 1 of 3 since step_00000010" in why
+    assert word == "restart" and "again, 1 of 3 since step_00000010" in why
     assert json.loads((run / "crashes.json").read_text()) == {"checkpoint": "step_00000010", "count": 1}
 
 

@@ -181,10 +181,10 @@ def _written(jobs: list[dict[str, Any]], folder: Path, world: int) -> str:
     return str(file)
 
 
-def metrics(run: Path, name: str) -> list[float]:
-    """The values of one metric in a run's metrics.jsonl, in order."""
+def metrics(run: Path, name: str) -> list[Any]:
+    """The values of one metric in a run's metrics.jsonl, in order; those of events if it is one of theirs."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line[name] for line in lines if name in line]
+    return [line[name] for line in lines if name in line and ("run/event" in line) == name.startswith("run/")]
 
 
 def newest(run: Path) -> Path:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,8 @@ def search_path() -> str:
 
 
 class Slurm:
+    """Its daemons' files lie in `folder`."""
+
     def __init__(self, folder: Path, num_nodes: int) -> None:
         self._folder = folder
         self._names = [f"n{number}" for number in range(1, num_nodes + 1)]
@@ -128,6 +131,26 @@ class Slurm:
         for file in [*self._folder.glob("slurmd.*.pid"), self._folder / "slurmctld.pid", self._folder / "munged.pid"]:
             with contextlib.suppress(OSError, ValueError):
                 os.kill(int(file.read_text()), signal.SIGTERM)
+        for step in self._steps():  # one that did not end with its job would wait for its daemon for ever
+            with contextlib.suppress(OSError):
+                os.kill(step, signal.SIGKILL)
+
+    def _steps(self) -> list[int]:
+        """The processes that run this Slurm's steps: their working folder is the daemons'."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if (folder / "comm").read_text().startswith("slurmstepd") and self._folder == (
+                    folder / "cwd"
+                ).readlink():
+                    found.append(int(folder.name))
+        return found
+
+    def lose(self, node: str) -> None:
+        """As by a loss of power: its daemon and everything that runs on it."""
+        ranks = [pid for pid in processes(SLURMD_NODENAME=node) if pid != os.getpid()]
+        steps = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in ranks}
+        kill([int((self._folder / f"slurmd.{node}.pid").read_text()), *(steps & set(self._steps())), *ranks])
 
     def submit(self, folder: Path, *argv: str) -> str:
         """sbatch in `folder`; the job's number."""
@@ -161,10 +184,28 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def running_slurm(folder: Path, num_nodes: int) -> Iterator[Slurm]:
+def running_slurm(num_nodes: int) -> Iterator[Slurm]:
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a socket's path may have 107 characters
     slurm = Slurm(folder, num_nodes)
     try:
         slurm.start()
         yield slurm
     finally:
         slurm.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def processes(**variables: str) -> list[int]:
+    """Numbers of the processes with these variables in their environment."""
+    wanted, found = {f"{name}={value}".encode() for name, value in variables.items()}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is not ours
+            if wanted <= set((folder / "environ").read_bytes().split(b"\0")):
+                found.append(int(folder.name))
+    return found
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,84 @@
+"""Ends of slurm/train.sbatch that take a minute or more, at the same time on one Slurm."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster_jobs import ENVIRONMENT, LONG, alone, digests, output, started, state, submit, wait_for, work_folder
+
+from slurm import Slurm, kill, missing, processes, running_slurm
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing() or "it is there")]
+
+SAVING = [*LONG, "--checkpoint.every=20step"]
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    with running_slurm(8) as running:
+        yield running
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    return work_folder(tmp_path)
+
+
+def saved(here: Path, job: str, run: Path) -> None:
+    """Wait for its second checkpoint."""
+    wait_for(lambda: len(list(run.glob("checkpoints/step_*"))) > 1, lambda: output(here, job), 90)
+
+
+def test_every_end_from_outside_is_gone_on_from_to_the_same_bits(slurm: Slurm, here: Path) -> None:
+    """A rank is killed: its job starts again where it is, at once. A node is lost: on one node, since there is no
+    other. The time limit nears: it saves, and queues again; so does one at a site that refuses to requeue, by
+    submitting itself with its own options. Each ends with the weights of one process that was not disturbed, and is one
+    W&B run.
+
+    Mutations: no restart; the signal goes to ranks that cannot hear it yet; the successor has other options, another
+    script, or the dead job's addresses.
+    """
+    killed = submit(slurm, here, *SAVING, "--run.name=killed", "--wandb.mode=offline", options=("--nodelist=n1,n2",))
+    only = ("--nodes=1-2", "--exclude=n1,n2,n5,n6,n7,n8")
+    lost = submit(slurm, here, *SAVING, "--run.name=lost", options=only)
+    limit = ("--time=2", "--signal=B:USR1@110", "--nodelist=n5,n6")  # up to 60 s earlier
+    limited = submit(slurm, here, *LONG, "--run.name=limited", options=limit)
+    refuse = ("--no-requeue", "--time=30", "--job-name=refused", "--nodelist=n7,n8", "--partition=main")
+    refused = submit(slurm, here, *LONG, "--run.name=refused", options=refuse)
+
+    run = started(slurm, here, refused, "refused", 180)
+    slurm("scancel", "--batch", "--signal=USR1", refused)
+    slurm.wait_for_restart(limited, 120)
+    for job, name in ((killed, "killed"), (lost, "lost")):
+        saved(here, job, started(slurm, here, job, name, 120))
+    kill(processes(SLURM_JOB_ID=killed, RANK="1")[:1])
+    slurm.lose("n4")
+
+    assert slurm.wait(refused, 120) == ("COMPLETED", "0:0"), output(here, refused)
+    successor = re.findall(r"Submitted batch job (\d+)", output(here, refused))
+    assert len(successor) == 1
+    shown = slurm("scontrol", "show", "job", successor[0])
+    for option in ("JobName=refused", "TimeLimit=00:30:00", "NumNodes=2", "ReqNodeList=n[7-8]", "CPUs/Task=2"):
+        assert option in shown
+    assert "train.sbatch small.yaml" in shown
+    slurm("scontrol", "update", f"JobId={limited}", "StartTime=now")
+    slurm.wait_for_restart(lost, 120)
+    slurm("scontrol", "update", f"JobId={lost}", "StartTime=now")
+
+    undisturbed = digests(alone(here))
+    for job, name in ((killed, "killed"), (lost, "lost"), (limited, "limited"), (successor[0], "refused")):
+        assert slurm.wait(job, 240) == ("COMPLETED", "0:0"), output(here, job) + output(here, refused)
+        run = here / "runs" / name
+        assert state(run)[0] == "done"
+        assert digests(run) == undisturbed
+    assert state(here / "runs" / "killed")[1] == f"{killed}.0.1"
+    assert state(here / "runs" / "lost")[1] == f"{lost}.1.0"
+    assert "requeued after it was killed" in output(here, lost) or "requeued after a fault" in output(here, lost)
+    assert "on 1 rank instead of 2" in output(here, lost)
+    assert "requeued after a stop" in output(here, limited) and "started again after a stop" in output(here, refused)
+    known = (here / "runs" / "killed" / "wandb_id").read_text()
+    assert {path.name.rpartition("-")[2] for path in here.glob("runs/killed/wandb/offline-run-*")} == {known}
+    assert len(list(here.glob("runs/killed/wandb/offline-run-*"))) == 2
