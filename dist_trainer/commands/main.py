@@ -19,6 +19,7 @@ USAGE = """usage: dist-trainer COMMAND ...
   eval --pretrained timm/NAME --data.val V  published weights beside their published accuracy: are the labels right?
   average RUN [--top_k K|--last K|--files ...]  one model from several of a run, batch-norm re-estimated
   plan CONFIG.yaml [--gpus N] [--json]      everything that follows from a config, before any compute is used
+  doctor CONFIG.yaml                        this machine, or this job, against what the run needs, in a minute
   augment CONFIG.yaml [--samples 8]         a picture of training images, before augmentation and after
   shards pack SOURCE OUT                    images -> tars and index; --help lists the kinds of SOURCE
   shards index URL... [--out NAME.dtx]      an index of existing tars (a folder, a brace pattern; local or URLs)
@@ -82,6 +83,7 @@ COMMANDS = {
     "eval": "eval:command",
     "average": "average:command",
     "plan": "plan:command",
+    "doctor": "doctor:command",
     "augment": "augment:command",
     "shards": "shards:command",
     "agent": "agent:command",
@@ -90,7 +92,7 @@ COMMANDS = {
     "cp": "shipped:copy_shipped",
 }
 """Where each command is in this folder. Only the one that runs is imported."""
-WITH_RANKS = ("train", "eval", "average")
+WITH_RANKS = ("train", "eval", "average", "doctor")
 """The commands that run on several ranks; srun may have started them."""
 
 

@@ -24,18 +24,35 @@ from dist_trainer.distributed.cores import cores
 from dist_trainer.distributed.slurm import cores_per_task, is_task
 from dist_trainer.distributed.watchdog import beat
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import LocalError, UserError
+from dist_trainer.errors import LocalError, UserError, plural
 from dist_trainer.plan import Plan
 
 
 def num_workers(config: DataConfig, world: World) -> int:
     """Loader processes per rank: this rank's share of the cores, less the one that computes."""
     if config.workers == "auto":
-        share = min(cores(), cores_per_task()) if is_task() else cores() // world.local_size
-        return max(0, min(share - 1, 16))
+        return max(0, min(cores_of_host(world) // world.local_size - 1, 16))
     if config.workers < 0:
         raise UserError(f"data.workers: {config.workers} is negative; 0 loads in the training process, auto decides")
     return config.workers
+
+
+def cores_note(config: DataConfig, world: World) -> str | None:
+    """A line where the ranks of this host and their loader processes want more cores than it has."""
+    workers = num_workers(config, world)
+    wanted, there = world.local_size * (1 + workers), cores_of_host(world)
+    if wanted <= there:
+        return None
+    with_workers = f" with {plural(workers, 'loader process')} each" if workers else ""
+    return (
+        f"warning: {plural(world.local_size, 'rank')}{with_workers} on this host want {plural(wanted, 'core')}, and "
+        f"there {'is' if there == 1 else 'are'} {there}: they will wait for each other"
+    )
+
+
+def cores_of_host(world: World) -> int:
+    """Those that all ranks of this host have together."""
+    return min(cores() * world.local_size, cores_per_task() * world.local_size) if is_task() else cores()
 
 
 def _loader(

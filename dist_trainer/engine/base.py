@@ -116,8 +116,9 @@ class Engine(Inference):
         self.plan, self.config = plan, config
         self.grad_norm: torch.Tensor = torch.zeros(())
         self._loss, self._mixing, self._seed = loss, mixing, seed
+        on_gpu = self._device.type == "cuda"
         self._generator: torch.Generator = (
-            torch.cuda.default_generators[world.local_rank] if self._device.type == "cuda" else torch.default_generator
+            torch.cuda.default_generators[self._device.index] if on_gpu else torch.default_generator
         )
         self._micro_step = 0
         self._has_updated = False

@@ -29,6 +29,14 @@ def set_numerics(deterministic: bool, threads: int | None = None) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
 
 
+def precision_note(precision: str, device: torch.device) -> str | None:
+    """A line where bf16 is asked of a GPU that only emulates it, more slowly than float32."""
+    if precision != "bf16" or device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return f"engine.precision: {name} has no bf16 and emulates it: fp32 is faster there"
+
+
 @contextlib.contextmanager
 def naming_operations() -> Iterator[None]:
     """Turns torch's refusal of an operation that has no deterministic kernel into a UserError that names it."""

@@ -3,11 +3,13 @@
 import netrc
 import os
 import secrets
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,24 @@ def _has_key() -> bool:
         return host in netrc.netrc().hosts
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def reach(config: WandbConfig) -> tuple[bool, str]:
+    """(whether a run could log as the config says, a line). A server is only connected to, for 3 s at most."""
+    mode = os.environ.get("WANDB_MODE", config.mode)
+    if mode != "online":
+        return True, f"W&B: {mode}"
+    if not _has_key():
+        return True, "W&B: no API key set up: writes offline"
+    url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    proxy = urlsplit(getproxies().get(url.scheme, ""))
+    host = proxy.hostname or url.hostname or ""
+    port = (proxy.port if proxy.hostname else url.port) or (80 if url.scheme == "http" else 443)
+    try:
+        socket.create_connection((host, port), timeout=3).close()
+    except OSError as error:
+        return False, f"W&B: {host}:{port} cannot be reached: {error.strerror or error}"
+    return True, f"W&B: {host} can be reached"
 
 
 class WandbRun:

@@ -16,7 +16,7 @@ from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.order import Kind
 from dist_trainer.data.read import Bad, Reader
 from dist_trainer.data.samples import choose_samples
-from dist_trainer.data.stream import EvalStream, FixedSampleStream, TrainStream
+from dist_trainer.data.stream import EvalStream, FixedSampleStream, TrainStream, cores_note
 from dist_trainer.data.unindexed import SAID
 from dist_trainer.distributed.collectives import on_main
 from dist_trainer.distributed.world import World
@@ -138,7 +138,7 @@ def open_streams(config: TrainConfig, data: RunData, plan: Plan, augment: Augmen
         bn_samples=bn_sample_stream(
             config.precise_bn, config.eval, config.batch, config.data, augment, data.train, seed, world
         ),
-        notes=notes + [note for note in [train.warning(config.data)] if note],
+        notes=notes + [note for note in (train.warning(config.data), cores_note(config.data, world)) if note],
     )
 
 

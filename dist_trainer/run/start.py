@@ -17,7 +17,7 @@ from dist_trainer.distributed.world import World
 from dist_trainer.engine.base import Engine, EngineConfig
 from dist_trainer.engine.build import build_engine
 from dist_trainer.engine.inference import Preprocess
-from dist_trainer.engine.numerics import set_numerics
+from dist_trainer.engine.numerics import precision_note, set_numerics
 from dist_trainer.errors import UserError
 from dist_trainer.log.console import Terminal
 from dist_trainer.log.meter import Meter
@@ -65,6 +65,8 @@ def prepare_run(config: TrainConfig, *, stem: str, world: World, terminal: Termi
     if config.model.sync_bn:
         blueprint = replace(blueprint, model=synchronised(blueprint.model, world.device))
     streams = open_streams(config, data, blueprint.plan, blueprint.augment, world)
+    if note := precision_note(config.engine.precision, world.device):
+        terminal.say(f"warning: {note}")
     for note in [*streams.notes, *(f"warning: {line}" for line in warnings(config, blueprint, data.num_classes))]:
         terminal.say(note)
     identity_keys = identity(config.as_dict(), data.fingerprint)

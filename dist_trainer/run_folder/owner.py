@@ -137,12 +137,21 @@ def sees_owner(path: Path, token: str, patience_s: float = 10.0) -> bool:
 
     Network file systems show another host's file with a delay.
     """
+    return _comes(path, lambda: (read_owner(path) or {}).get("token") == token, patience_s)
+
+
+def sees_file(file: Path, patience_s: float = 10.0) -> bool:
+    """Whether this host sees a file that another one has just written."""
+    return _comes(file.parent, file.exists, patience_s)
+
+
+def _comes(folder: Path, condition: Callable[[], bool], patience_s: float) -> bool:
     until = time.monotonic() + patience_s
-    while (read_owner(path) or {}).get("token") != token:
+    while not condition():
         if time.monotonic() > until:
             return False
         with contextlib.suppress(OSError):
-            list(path.iterdir())  # makes NFS look again
+            list(folder.iterdir())  # makes NFS look again
         time.sleep(0.1)
     return True
 
