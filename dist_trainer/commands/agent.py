@@ -5,6 +5,7 @@ know of this host is derived here; a variable that is set, and an argument that 
 """
 
 import argparse
+import logging
 import os
 import tempfile
 from functools import partial
@@ -29,6 +30,8 @@ EXIT_BARRIER_S = 10.0
 def command(argv: list[str]) -> int:
     """Raises UserError for an argument that torchrun does not take."""
     status = "done"
+    # A rendezvous that is gone when an agent leaves it, after the ranks have said why they ended.
+    logging.getLogger("torch.distributed.elastic.rendezvous").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "status"
         os.environ[STATUS_FILE] = str(said)
@@ -54,7 +57,7 @@ def describe_host(args: argparse.Namespace) -> None:
 
     - the interface that leads to the rendezvous: gloo would take the one that the host's name resolves to, if it does;
     - the address by which other hosts reach this one, and whether the rendezvous is here, which torchrun guesses from
-      names (pytorch #150532, #73656);
+      names (pytorch #150532);
     - the threads of a rank: its share of the cores;
     - that restarts do not read the dead ranks' addresses from torchrun's store (pytorch #135712).
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import NoReturn
 
-from dist_trainer.distributed.processes import lost_contact, status_of_rank
+from dist_trainer.distributed.processes import lost_contact, nccl_fault, status_of_rank
 from dist_trainer.distributed.slurm import describe_rank
 from dist_trainer.errors import EXIT_STATUS, LocalError, UserError, nearest
 
@@ -75,7 +75,7 @@ def _is_main() -> bool:
 
 
 def _fault(error: Exception) -> str:
-    return lost_contact(error) or "".join(traceback.format_exception(error))
+    return lost_contact(error) or nccl_fault(error) or "".join(traceback.format_exception(error))
 
 
 COMMANDS = {
@@ -100,6 +100,8 @@ def dispatch(argv: list[str]) -> int:
     """Run the command that `argv` names; returns its exit status. Raises UserError."""
     if argv and argv[0] in WITH_RANKS:
         describe_rank()
+    # torch prints 25 lines of C++ where a connection closes, also in an orderly end. Errors are still printed.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0

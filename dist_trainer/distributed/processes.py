@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ STATUS_FILE = "DIST_TRAINER_STATUS"
 """The variable that names the file into which ranks write how they ended."""
 ATTEMPT = "DIST_TRAINER_ATTEMPT"
 """The variable in which a launcher names its attempt at a run, such as JOB.RESTARTS; STATE repeats it."""
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce_scatter_tensor", "barrier")
+"""Those that this package calls, by torch's names."""
 SECOND_AFTER_S = 2.0
 """A signal this long after the first is a second one: torchrun and Slurm each deliver the first, in milliseconds."""
 
@@ -43,10 +46,36 @@ def status_of_rank(status: int, *, alone: bool = False) -> int:
 
 def lost_contact(error: Exception) -> str | None:
     """One line if `error` says that another rank is gone. What ended that one is the cause, and is said there."""
-    words = r"[Cc]onnection (closed|reset|refused)|Broken pipe|gloo"
-    if not isinstance(error, RuntimeError) or not re.search(words, str(error)):
+    words = r"[Cc]onnection (closed|reset|refused)|Broken pipe|gloo|ncclRemoteError|NCCL.*before timing out"
+    if not isinstance(error, RuntimeError) or not re.search(words, str(error), re.DOTALL):
         return None
-    return f"lost contact with another rank, which failed or was ended: {first_line(error)}"
+    return f"lost contact with another rank, which failed or was ended{_during(error)}: {_reason(error)}"
+
+
+def nccl_fault(error: Exception) -> str | None:
+    """One line if `error` is a failure of NCCL on this rank: the collective, and NCCL's reason."""
+    if not isinstance(error, RuntimeError) or "NCCL" not in str(error):
+        return None
+    return f"NCCL failed{_during(error)}: {_reason(error)}"
+
+
+def _during(error: Exception) -> str:
+    """` in ALLREDUCE`: the collective, if the text or the stack names it."""
+    if named := re.search(r"OpType=_?(\w+)", str(error)):
+        return f" in {named[1]}"
+    calls = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    known = [name for name in calls if name in COLLECTIVES]
+    return f" in {known[-1]}" if known else ""
+
+
+def _reason(error: Exception) -> str:
+    """NCCL's texts begin with a place in its source; the reason comes below, the peer's address last."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    named = next((line for line in lines if re.match(r"nccl\w*Error|ncclInvalid", line)), None)
+    if named is None:
+        return first_line(error)
+    last = lines[lines.index("Last error:") + 1 :][:1] if "Last error:" in lines else []
+    return " ".join([named, *last])
 
 
 def die_with_parent(signum: int) -> None:

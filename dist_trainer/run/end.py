@@ -6,7 +6,7 @@ import traceback
 import torch
 
 from dist_trainer.data.parallel import loader_fault, silence_loaders
-from dist_trainer.distributed.processes import lost_contact
+from dist_trainer.distributed.processes import lost_contact, nccl_fault
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import LocalError, UserError, first_line
 from dist_trainer.plan import Plan
@@ -67,7 +67,7 @@ class End:
         elif line := lost_contact(error):
             self.record_on_main("fault", line)
         else:
-            self.record("fault", f"{type(error).__name__}: {first_line(error)}")
+            self.record("fault", nccl_fault(error) or f"{type(error).__name__}: {first_line(error)}")
 
     def _out_of_memory(self, error: Exception) -> str | None:
         """One line if that is what `error` says: what did not fit, and what to change."""

@@ -10,6 +10,7 @@ from hosts import hosts_on_a_network, missing, search_path
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "they are there")
 
 
+@pytest.mark.slow  # 20 s; test_doctor.py has the other crosses
 def test_each_difference_between_hosts_is_a_cross_with_their_names(tmp_path: Path) -> None:
     """The second has another timm, a clock two minutes ahead, and other runs. Mutations: look at rank 0's alone."""
     here, odd = work_folder(tmp_path), tmp_path / "odd"

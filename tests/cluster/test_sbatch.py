@@ -1,10 +1,13 @@
 """slurm/train.sbatch on a real Slurm: two nodes of one rank each."""
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_jobs import ENVIRONMENT, LONG, alone, digests, started, state, submit, work_folder
+from cluster_jobs import ENVIRONMENT, LONG, alone, digests, output, started, state, submit, work_folder
+from running import ROOT
 
 from slurm import Slurm, missing, running_slurm
 
@@ -75,3 +78,23 @@ def test_a_preempted_job_goes_on_when_the_nodes_are_free_again(slurm: Slurm, her
     assert state(run) == ["done", f"{job}.1.0"]
     alone(here)
     assert digests(run) == digests(here / "runs" / "alone")
+
+
+@pytest.mark.slow  # half a minute
+def test_nodes_that_the_batch_cannot_feed_are_named_and_the_average_is_one_more_line(slurm: Slurm, here: Path) -> None:
+    """Three nodes, and a batch of two micro-batches: two ranks train, to the end. Then average.sbatch on what they
+    left.
+
+    Mutations: start three, which `train` refuses; leave a node idle without a word.
+    """
+    job = submit(slurm, here, "--run.name=run", options=("--nodes=3",))
+    assert slurm.wait(job) == ("COMPLETED", "0:0"), output(here, job)
+    idle = slurm("scontrol", "show", "job", job)
+    last = re.search(r" NodeList=n\[?(?:\d)-?(\d)", idle) or re.search(r" NodeList=\S*,n(\d)", idle)
+    assert last is not None, idle
+    assert f"the batch feeds 2 ranks at most: nothing to do for n{last[1]}\n" in output(here, job)
+    assert json.loads((here / "runs" / "run" / "summary.json").read_text())["world"] == 2
+    options = ["--cpus-per-task=2", "--output=%j.out", str(ROOT / "slurm" / "average.sbatch")]
+    job = slurm.submit(here, *options, "runs/run", "--last=2")
+    assert slurm.wait(job) == ("COMPLETED", "0:0"), output(here, job)
+    assert "top-1" in output(here, job)

@@ -1,13 +1,15 @@
 """Ends of slurm/train.sbatch that take a minute or more, at the same time on one Slurm."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_jobs import ENVIRONMENT, LONG, alone, digests, output, started, state, submit, wait_for, work_folder
+from cluster_jobs import ARGV, ENVIRONMENT, LONG, alone, digests, output, started, state, submit, wait_for, work_folder
+from running import ROOT
 
-from slurm import Slurm, kill, missing, processes, running_slurm
+from slurm import Slurm, kill, missing, processes, running_slurm, search_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing() or "it is there")]
 
@@ -82,3 +84,30 @@ def test_every_end_from_outside_is_gone_on_from_to_the_same_bits(slurm: Slurm, h
     known = (here / "runs" / "killed" / "wandb_id").read_text()
     assert {path.name.rpartition("-")[2] for path in here.glob("runs/killed/wandb/offline-run-*")} == {known}
     assert len(list(here.glob("runs/killed/wandb/offline-run-*"))) == 2
+
+
+def test_the_container_script_puts_every_step_into_the_image(slurm: Slurm, here: Path) -> None:
+    """There is no pyxis here, so a srun of our own writes down its options and leaves them out: plan, the ranks and
+    what-follows run as steps with the image and the mounts, and the job ends as train.sbatch has it.
+
+    Mutations: plan on the host; the ranks without mounts.
+    """
+    real = shutil.which("srun", path=search_path())
+    shim = here / "bin" / "srun"
+    shim.parent.mkdir()
+    shim.write_text(
+        "#!/bin/bash\n"
+        'for word; do case $word in --container-*) echo "$word" >> options ;; *) kept+=("$word") ;; esac; done\n'
+        f'exec {real} "${{kept[@]}}"\n'
+    )
+    shim.chmod(0o755)
+    for name in ("train.sbatch", "train_container.sbatch"):
+        shutil.copy(ROOT / "slurm" / name, here)
+    environment = f"--export=ALL,IMAGE=/images/a.sqsh,MOUNTS=/data:/data,PATH={shim.parent}:{ENVIRONMENT['PATH']}"
+    options = ["--nodes=2", "--cpus-per-task=2", "--output=%j.out", environment]
+    job = slurm.submit(here, *options, "train_container.sbatch", "small.yaml", *ARGV, "--run.name=run")
+    assert slurm.wait(job, 180) == ("COMPLETED", "0:0"), output(here, job)
+    said = (here / "options").read_text().splitlines()
+    expected = ["--container-image=/images/a.sqsh", f"--container-workdir={here}"]
+    expected.append(f"--container-mounts={here}:{here},/data:/data")
+    assert said == expected * 3

@@ -58,11 +58,14 @@ def test_all_is_well_where_it_is(said: Doctor) -> None:
         (["--data.train=data/nowhere"], "data.train: ", True),
         (["--run.dir=small.yaml/runs"], "run.dir: cannot write small.yaml/runs: Not a directory; choose another", True),
         (["--lr.peak=-1"], "lr: the peak rate is -1.0", True),
-        (["--data.workers=9"], "want 10 cores, and there ", False),
+        (["--data.workers=1"], "1 rank with 1 loader process each on this host want 2 cores, and there is 1", False),
     ],
 )
-def test_what_would_stop_the_run_has_status_1(said: Doctor, argv: list[str], cross: str, stops: bool) -> None:
+def test_what_would_stop_the_run_has_status_1(
+    said: Doctor, monkeypatch: pytest.MonkeyPatch, argv: list[str], cross: str, stops: bool
+) -> None:
     """And what would only slow it down has not. Mutations: a mistake is a status 2 and no line; 1 for any cross."""
+    monkeypatch.setattr("dist_trainer.data.stream.cores", lambda: 1)
     if argv == ["--data.train=data/nowhere"]:
         Path("data/nowhere").mkdir()
     status, lines = said(*argv)

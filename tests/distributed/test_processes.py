@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_trainer.distributed.processes import status_of_rank
+from dist_trainer.distributed.processes import lost_contact, nccl_fault, status_of_rank
 
 SCRIPT = """
 import multiprocessing, os, sys, time
@@ -93,3 +93,49 @@ def test_multiprocessings_helper_cleans_up_without_a_word(tmp_path: Path) -> Non
     script.write_text(LEFT)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, check=False, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"")  # the helper holds stderr until it ends
+
+
+PLACE = "NCCL error in: ../torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:1331"
+REMOTE = f"""{PLACE}, remote process exited or there was a network error, NCCL version 2.21.5
+ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.
+Last error:
+socketProgress: Connection closed by remote peer node7<50812>"""
+LOCAL = f"""{PLACE}, unhandled cuda error, NCCL version 2.21.5
+ncclUnhandledCudaError: Call to CUDA function failed.
+Last error:
+Cuda failure 'out of memory'"""
+TIMEOUT = (
+    "[Rank 6] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=880, OpType=BROADCAST, NumelIn=112, "
+    "NumelOut=112, Timeout(ms)=660000) ran for 660011 milliseconds before timing out."
+)
+
+
+def all_reduce(text: str) -> None:
+    raise RuntimeError(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "begin", "end"),
+    [
+        (
+            REMOTE,
+            "lost contact with another rank, which failed or was ended in all_reduce: ncclRemoteError: A call failed ",
+            "exiting prematurely. socketProgress: Connection closed by remote peer node7<50812>",
+        ),
+        (LOCAL, "NCCL failed in all_reduce: ncclUnhandledCudaError: Call to ", "failed. Cuda failure 'out of memory'"),
+        (TIMEOUT, "lost contact with another rank, which failed or was ended in BROADCAST: [Rank 6] ", "timing out."),
+    ],
+)
+def test_a_failure_of_nccl_is_one_line_that_names_the_collective(text: str, begin: str, end: str) -> None:
+    """Texts as users report them. A rank that is gone is told from a failure here. Mutations: the first line, which is
+    a place in a source; every failure is another rank's.
+    """
+    with pytest.raises(RuntimeError) as caught:
+        all_reduce(text)
+    line = lost_contact(caught.value) or nccl_fault(caught.value) or ""
+    assert line.startswith(begin) and line.endswith(end) and "\n" not in line
+
+
+def test_other_errors_are_no_failure_of_nccl() -> None:
+    """Mutation: any error is."""
+    assert lost_contact(ValueError("NCCL")) is None and nccl_fault(RuntimeError("other")) is None

@@ -2,9 +2,11 @@
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
+import pytest
 from running import TINY, Session, assert_same_end, metrics, torchrun
 
 # Each of four evaluations has 250 batches per rank, each of two re-estimations 256.
@@ -21,6 +23,7 @@ def until(session: Session, text: str) -> None:
         time.sleep(0.005)  # between two looks; the deadline decides
 
 
+@pytest.mark.slow  # five starts; one process alone is below
 def test_a_stop_does_not_wait_for_four_evaluations(fashion: list[str], tmp_path: Path) -> None:
     """To one rank of two: within PreciseBN, then within an evaluation, then within that of the average at the end. Each
     start goes on with the evaluation that was cut short, from its begin; in the end, everything is as if undisturbed,
@@ -57,3 +60,16 @@ def test_a_stop_does_not_wait_for_four_evaluations(fashion: list[str], tmp_path:
     assert metrics(run, "run/event") == [
         f"started again after a stop: goes on at step {step} on 2 ranks" for step in (5, 5, 10)
     ]
+
+
+def test_one_process_stops_within_an_evaluation_too(fashion: list[str], tmp_path: Path) -> None:
+    """Saved, and the evaluation is made again. Mutations: the vote is for several ranks; its scores stay."""
+    argv = ["-m", "dist_trainer", "train", *TINY, *fashion, *SCORING, f"--run.dir={tmp_path}", "--run.name=run"]
+    session = Session([sys.executable, *argv], tmp_path / "log")
+    until(session, "step 5: model: top-1")
+    os.kill(session.process.pid, signal.SIGTERM)
+    assert session.wait(60) == 3
+    assert "step 5: EMA: top-1" not in session.log.read_text()
+    session = Session([sys.executable, *argv, "--precise_bn.num_samples=16", "--eval.batch=500"], tmp_path / "log-2")
+    assert session.wait(60) == 0, session.log.read_text()[-5000:]
+    assert len(metrics(tmp_path / "run", "val/top1")) == len(metrics(tmp_path / "run", "val_ema/top1")) == 2
