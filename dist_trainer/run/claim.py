@@ -114,33 +114,7 @@ def claim_folder(
     terminal: Terminal,
 ) -> Claim:
     """Become the folder's owner and find what to resume (collective). The folder's config is not rewritten yet."""
-
-    def claim() -> dict[str, Any]:
-        if config.checkpoint.keep_last < 1:
-            raise UserError(f"checkpoint.keep_last: {config.checkpoint.keep_last}; keep at least 1 to resume from")
-        folder.claim(terminal.say)
-        changed = folder.check_identity(identity_keys, config.run.allow_change)
-        before = folder.last_start()
-        found: dict[str, Any] = {
-            "changed": [asdict(change) for change in changed],
-            "scored_on": folder.read_val_fingerprint(),
-        }
-        found["token"] = folder.token
-        found["before"] = None if before is None else asdict(before)
-        if folder.read_state() == "done" and folder.read_summary() is not None and not changed:
-            folder.release()
-            return {**found, "is_complete": True, "checkpoint": None}
-        for change in changed:
-            terminal.say(f"changed: {change}")
-        for change in folder.free_changes(config.as_dict()):
-            terminal.say(f"changed, without effect on training: {change}")
-        newest, notes = checkpoint.newest(folder.checkpoints)
-        for note in notes:
-            terminal.say(note)
-        terminal.say(f"run folder {folder.path}" + (f", resuming from {newest.name}" if newest else ""))
-        return {**found, "is_complete": False, "checkpoint": str(newest) if newest else None}
-
-    found = on_main(world, claim)
+    found = on_main(world, lambda: claim_on_main(config, folder, identity_keys, terminal))
     if not found["is_complete"]:
         check_hosts(folder, found["token"], world)
     return Claim(
@@ -152,3 +126,31 @@ def claim_folder(
         before=Start(**found["before"]) if found["before"] else None,
         scored_on=found["scored_on"],
     )
+
+
+def claim_on_main(
+    config: TrainConfig, folder: RunFolder, identity_keys: dict[str, Any], terminal: Terminal
+) -> dict[str, Any]:
+    """The same on rank 0, as JSON can hold it; "token" tells this claim from others."""
+    if config.checkpoint.keep_last < 1:
+        raise UserError(f"checkpoint.keep_last: {config.checkpoint.keep_last}; keep at least 1 to resume from")
+    folder.claim(terminal.say)
+    changed, before = folder.check_identity(identity_keys, config.run.allow_change), folder.last_start()
+    found = {
+        "changed": [asdict(change) for change in changed],
+        "before": None if before is None else asdict(before),
+        "scored_on": folder.read_val_fingerprint(),
+        "token": folder.token,
+    }
+    if folder.read_state() == "done" and folder.read_summary() is not None and not changed:
+        folder.release()
+        return {**found, "is_complete": True, "checkpoint": None}
+    for change in changed:
+        terminal.say(f"changed: {change}")
+    for change in folder.free_changes(config.as_dict()):
+        terminal.say(f"changed, without effect on training: {change}")
+    newest, notes = checkpoint.newest(folder.checkpoints)
+    for note in notes:
+        terminal.say(note)
+    terminal.say(f"run folder {folder.path}" + (f", resuming from {newest.name}" if newest else ""))
+    return {**found, "is_complete": False, "checkpoint": str(newest) if newest else None}
