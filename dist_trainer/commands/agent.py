@@ -7,6 +7,8 @@ know of this host is derived here; a variable that is set, and an argument that 
 import argparse
 import logging
 import os
+import socket
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher import api as launcher
 
 from dist_trainer.distributed.cores import cores
-from dist_trainer.distributed.network import interface_of, is_own, own_address
+from dist_trainer.distributed.network import is_own, own_address, use_interface
 from dist_trainer.distributed.processes import STATUS_FILE
 from dist_trainer.errors import EXIT_STATUS, UserError, first_line
 
@@ -46,8 +48,8 @@ def command(argv: list[str]) -> int:
             status = "fault"
         except SignalException:  # those that said nothing had not begun
             status = "interrupted"
-        except (RendezvousError, ConnectionError, TimeoutError) as error:
-            print(f"dist-trainer: agent: no rendezvous at {args.rdzv_endpoint}: {first_line(error)}", flush=True)
+        except (RendezvousError, OSError) as error:
+            print(f"agent: no rendezvous at {args.rdzv_endpoint}: {first_line(error)}", file=sys.stderr, flush=True)
             return EXIT_STATUS["fault"]
         return first_of_last_attempt(said.read_text() if said.exists() else "", EXIT_STATUS[status])
 
@@ -61,7 +63,7 @@ def describe_host(args: argparse.Namespace) -> None:
     - the threads of a rank: its share of the cores;
     - that restarts do not read the dead ranks' addresses from torchrun's store (pytorch #135712).
 
-    Raises UserError for a host name that does not resolve.
+    Raises UserError for the name of no host, and OSError where there is no way to it now.
     """
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     ranks = torchrun.determine_local_world_size(args.nproc_per_node)
@@ -69,14 +71,16 @@ def describe_host(args: argparse.Namespace) -> None:
     host = "localhost" if args.standalone else args.rdzv_endpoint.rpartition(":")[0]
     if not host:
         return
-    address = own_address(host)
-    if address is None:
-        raise UserError(f"agent: {host} does not resolve, or no interface leads there; give its address")
+    try:
+        address = own_address(host)
+    except socket.gaierror as error:
+        if error.errno == socket.EAI_NONAME:
+            raise UserError(
+                f"agent: {host}: no such host; give a name that resolves on every host, or an address"
+            ) from None
+        raise  # the network may come back
     args.local_addr = args.local_addr or address
-    if interface := interface_of(address):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        if interface != "lo":
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+    use_interface(address)
     if not args.standalone and "is_host" not in args.rdzv_conf:
         args.rdzv_conf = ",".join(filter(None, [args.rdzv_conf, f"is_host={int(is_own(host))}"]))
 

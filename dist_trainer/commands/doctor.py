@@ -78,7 +78,8 @@ def findings(config: TrainConfig, world: World) -> Iterator[Finding]:
     except UserError as error:
         yield Finding(False, str(error), stops=True)
         return
-    yield Finding(True, f"data: {len(data.train):,} training and {len(data.val):,} validation samples")
+    training = f"{len(data.train):,} training" if config.data.source == "index" else "training samples without an index"
+    yield Finding(True, f"data: {training} and {len(data.val):,} validation samples")
     yield cores(config, world)
     size = 4 * sum(parameter.numel() for parameter in blueprint.model.parameters() if parameter.requires_grad)
     speed = all_reduce_bytes_per_s(world, size)

@@ -25,7 +25,7 @@ USAGE = """usage: dist-trainer COMMAND ...
   shards index URL... [--out NAME.dtx]      an index of existing tars (a folder, a brace pattern; local or URLs)
   shards check LOCATION [--level decode]    compare shards with their index; lists bad samples
   agent ARGUMENTS                           torchrun that ends as its ranks do, for launch/ and slurm/
-  what-follows RUN [--status N]             end, requeue or restart, as STATE says: for launch/ and slurm/
+  what-follows RUN [--status N]             what a script does next, as STATE says: for slurm/
   ls, cp NAME TARGET                        the shipped configs and scripts
   ls models                                 networks with a short name, and their parameters
 

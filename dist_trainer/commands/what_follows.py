@@ -12,7 +12,7 @@ from dist_trainer.run_folder.what_follows import what_follows
 
 def command(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        "dist-trainer what-follows", description="Print end, requeue or restart, as STATE in the run folder says."
+        "dist-trainer what-follows", description="Print done, end, requeue or restart, as STATE in the run folder says."
     )
     parser.add_argument("run", type=Path, help="the run folder")
     parser.add_argument("--status", type=int, default=1, help="with which the ranks ended")

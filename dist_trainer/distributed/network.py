@@ -1,7 +1,10 @@
 """This host on its network: the interface that leads to another one, and whether an address is its own."""
 
+import contextlib
 import ipaddress
+import os
 import socket
+from collections.abc import MutableMapping
 
 import psutil
 
@@ -15,24 +18,21 @@ def _resolve(host: str) -> tuple[socket.AddressFamily, tuple[str, int]]:
     return family, (str(address[0]), 9)
 
 
-def own_address(host: str) -> str | None:
-    """The address by which `host` reaches this host, or None where it does not resolve or has no route.
+def own_address(host: str) -> str:
+    """The address by which `host` reaches this host. Nothing is sent.
 
-    Nothing is sent. Where `host` is this one and resolves to loopback, as Debian's /etc/hosts has it, that of the
-    default route, if there is one.
+    Where `host` is this one and resolves to loopback, as Debian's /etc/hosts has it, that of the default route, if there
+    is one. Raises OSError where `host` does not resolve (socket.gaierror), or no route leads there.
     """
-    try:
-        family, address = _resolve(host)
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)
-            own = str(probe.getsockname()[0])
-    except OSError:
-        return None
+    family, address = _resolve(host)
     if is_own(host):
-        own = address[0]
-        if ipaddress.ip_address(own).is_loopback and host not in ("localhost", own):
-            return own_address(ELSEWHERE) or own
-    return own
+        if ipaddress.ip_address(address[0]).is_loopback and host not in ("localhost", address[0]):
+            with contextlib.suppress(OSError):
+                return own_address(ELSEWHERE)
+        return address[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
 
 
 def is_own(host: str) -> bool:
@@ -44,6 +44,14 @@ def is_own(host: str) -> bool:
             return True
     except OSError:
         return False
+
+
+def use_interface(address: str, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Let gloo and NCCL use the interface with this address of this host, unless the variables are set."""
+    if interface := interface_of(address):
+        environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        if interface != "lo":  # NCCL needs none on one host
+            environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
 
 
 def interface_of(address: str) -> str | None:

@@ -1,11 +1,12 @@
 """A step of Slurm with one task per rank and no torchrun: its rank, in the variables that torchrun would set."""
 
+import contextlib
 import os
 import re
 import socket
 from collections.abc import MutableMapping
 
-from dist_trainer.distributed.network import interface_of, own_address
+from dist_trainer.distributed.network import own_address, use_interface
 from dist_trainer.errors import UserError
 
 
@@ -32,11 +33,8 @@ def describe_rank(environ: MutableMapping[str, str] = os.environ, *, at_terminal
     environ.setdefault("MASTER_ADDR", _address_of_first(environ))
     environ.setdefault("MASTER_PORT", str(10000 + (job + 97 * step) % 20000))  # below the ephemeral ports
     environ.setdefault("OMP_NUM_THREADS", str(max(1, cores_per_task(environ))))
-    address = own_address(environ["MASTER_ADDR"])
-    if address is not None and (interface := interface_of(address)):
-        environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        if interface != "lo":
-            environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+    with contextlib.suppress(OSError):  # the rendezvous will say that there is no way to it
+        use_interface(own_address(environ["MASTER_ADDR"]), environ)
 
 
 def is_task(environ: MutableMapping[str, str] = os.environ) -> bool:

@@ -10,8 +10,8 @@ from typing import Literal
 from dist_trainer.errors import EXIT_STATUS
 from dist_trainer.storage.atomic import replace_text
 
-Next = Literal["end", "requeue", "restart"]
-"""end: for good. requeue: it was stopped and saved, or crashed again, maybe for a host that is lost, which a scheduler
+Next = Literal["done", "end", "requeue", "restart"]
+"""done: the last step is made. end: for good. requeue: it was stopped and saved, or crashed again, maybe for a host that is lost, which a scheduler
 notices minutes later. restart: it crashed, and is to start again where it is, at once."""
 MAX_CRASHES = 3
 """Crashes without a new checkpoint in between that are followed by another attempt."""
@@ -39,7 +39,9 @@ def what_follows(run: Path, attempt: str | None, status: int) -> tuple[Next, str
         return "end", f"{run}: a mistake, before the run began"
     if state == "stopped":
         return "requeue", f"{run}: stopped and saved; to be continued"
-    if state in ("done", "mistake", "interrupted"):
+    if state == "done":
+        return "done", f"{run}: done"
+    if state in ("mistake", "interrupted"):
         return "end", f"{run}: {state}"
     count, at = _count_crash(run)
     how = {None: "ended before the run began", "running": "was killed"}.get(state, "had a fault")

@@ -45,7 +45,8 @@ def test_loopback_is_ours_and_a_stranger_is_not() -> None:
     assert is_own("127.0.0.1") and is_own("localhost") and own_address("127.0.0.1") == "127.0.0.1"
     assert interface_of("127.0.0.1") == "lo"
     assert not is_own(network.ELSEWHERE) and not is_own("no-such-host.invalid")
-    assert own_address("no-such-host.invalid") is None
+    with pytest.raises(OSError):
+        own_address("no-such-host.invalid")
 
 
 def test_a_host_whose_name_is_loopback_is_reached_by_its_own_route(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,4 +58,8 @@ def test_a_host_whose_name_is_loopback_is_reached_by_its_own_route(monkeypatch: 
 
     monkeypatch.setattr(socket, "getaddrinfo", debian)
     assert is_own("box")
-    assert own_address("box") == (own_address(network.ELSEWHERE) or "127.0.1.1")
+    try:
+        expected = own_address(network.ELSEWHERE)
+    except OSError:  # no network here
+        expected = "127.0.1.1"
+    assert own_address("box") == expected

@@ -23,7 +23,7 @@ def ended(run: Path, state: State, monkeypatch: pytest.MonkeyPatch, attempt: str
 @pytest.mark.parametrize(
     ("state", "then"),
     [
-        ("done", "end"),
+        ("done", "done"),
         ("stopped", "requeue"),
         ("mistake", "end"),
         ("interrupted", "end"),
