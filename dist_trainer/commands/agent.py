@@ -13,6 +13,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+from torch.distributed import DistError  # type: ignore[attr-defined]
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -48,8 +49,9 @@ def command(argv: list[str]) -> int:
             status = "fault"
         except SignalException:  # those that said nothing had not begun
             status = "interrupted"
-        except (RendezvousError, OSError) as error:
-            print(f"agent: no rendezvous at {args.rdzv_endpoint}: {first_line(error)}", file=sys.stderr, flush=True)
+        except (RendezvousError, DistError, OSError) as error:
+            why = ": ".join(first_line(each) for each in (error, error.__cause__) if isinstance(each, Exception))
+            print(f"agent: no rendezvous at {args.rdzv_endpoint}: {why}", file=sys.stderr, flush=True)
             return EXIT_STATUS["fault"]
         return first_of_last_attempt(said.read_text() if said.exists() else "", EXIT_STATUS[status])
 
@@ -75,9 +77,7 @@ def describe_host(args: argparse.Namespace) -> None:
         address = own_address(host)
     except socket.gaierror as error:
         if error.errno == socket.EAI_NONAME:
-            raise UserError(
-                f"agent: {host}: no such host; give a name that resolves on every host, or an address"
-            ) from None
+            raise UserError(f"agent: {host}: no such host; name one that resolves on every host") from None
         raise  # the network may come back
     args.local_addr = args.local_addr or address
     use_interface(address)

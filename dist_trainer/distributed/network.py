@@ -21,8 +21,8 @@ def _resolve(host: str) -> tuple[socket.AddressFamily, tuple[str, int]]:
 def own_address(host: str) -> str:
     """The address by which `host` reaches this host. Nothing is sent.
 
-    Where `host` is this one and resolves to loopback, as Debian's /etc/hosts has it, that of the default route, if there
-    is one. Raises OSError where `host` does not resolve (socket.gaierror), or no route leads there.
+    Where `host` is this one and resolves to loopback, as Debian's /etc/hosts has it, that of the default route, if
+    there is one. Raises OSError where `host` does not resolve (socket.gaierror), or no route leads there.
     """
     family, address = _resolve(host)
     if is_own(host):
