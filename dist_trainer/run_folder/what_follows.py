@@ -11,8 +11,8 @@ from dist_trainer.errors import EXIT_STATUS
 from dist_trainer.storage.atomic import replace_text
 
 Next = Literal["done", "end", "requeue", "restart"]
-"""done: the last step is made. end: for good, for another reason. requeue: it was stopped and saved; or it crashed again,
-maybe for a host that is lost, which a scheduler notices minutes later. restart: it crashed; start again at once."""
+"""done: the last step is made. end: for good, for another reason. requeue: it was stopped and saved; or it crashed
+again, maybe for a host that is lost, which a scheduler notices minutes later. restart: it crashed; again, at once."""
 MAX_CRASHES = 3
 """Crashes without a new checkpoint in between that are followed by another attempt."""
 
