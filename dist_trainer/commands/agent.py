@@ -50,7 +50,7 @@ def command(argv: list[str]) -> int:
         except SignalException:  # those that said nothing had not begun
             status = "interrupted"
         except (RendezvousError, DistError, OSError) as error:
-            why = ": ".join(first_line(each) for each in (error, error.__cause__) if isinstance(each, Exception))
+            why = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
             print(f"agent: no rendezvous at {args.rdzv_endpoint}: {why}", file=sys.stderr, flush=True)
             return EXIT_STATUS["fault"]
         return first_of_last_attempt(said.read_text() if said.exists() else "", EXIT_STATUS[status])

@@ -6,7 +6,7 @@ from pathlib import Path
 from dist_trainer.commands.ranks import ranks
 from dist_trainer.config.arguments import new_parser, parse_config, run_folder_argument
 from dist_trainer.config.tree import TrainConfig
-from dist_trainer.distributed.collectives import on_main
+from dist_trainer.distributed.collectives import on_main, read_on_main
 from dist_trainer.distributed.world import World
 from dist_trainer.engine.evaluate import EvalResult
 from dist_trainer.errors import UserError, plural
@@ -108,11 +108,14 @@ def average_files(
         terminal.say(f"{name}: top-1 {scores[name].metrics['top1']:.2%}")
         return scores[name]
 
+    def load(file: Path) -> State:
+        return read_on_main(world, lambda: checkpoint.load_weights(file))
+
     for file in files:
-        score(str(file), checkpoint.load_weights(file))
+        score(str(file), load(file))
     best_first = sorted(files, key=lambda file: -scores[str(file)].correct1)
     state, kept = average(
-        ((str(file), checkpoint.load_weights(file)) for file in best_first),
+        ((str(file), load(file)) for file in best_first),
         (lambda name, trial: score(f"average with {name}", trial).metrics["top1"]) if greedy else None,
     )
     score("average", state)

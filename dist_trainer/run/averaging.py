@@ -1,40 +1,46 @@
 """The k best snapshots of a run: kept while it trains, averaged at its end."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from dist_trainer.distributed.collectives import on_main
+from dist_trainer.distributed.collectives import on_main, read_on_main
 from dist_trainer.distributed.world import World
 from dist_trainer.log.tracker import SCORES
 from dist_trainer.run.weights import Weights
-from dist_trainer.run_folder.snapshots import Snapshots
+from dist_trainer.run_folder.snapshots import Snapshot, Snapshots
 from dist_trainer.tensors import State
 from dist_trainer.tricks.averaging import AveragingConfig, average, chosen_metric, larger_is_better
 
 
 class Averaging:
-    """Snapshots of the weights whose metric the config names. Rank 0 writes the files, every rank reads them."""
+    """Snapshots of the weights whose metric the config names. Rank 0 alone writes and reads their files."""
 
     def __init__(self, config: AveragingConfig, weights: Weights, folder: Path, world: World) -> None:
-        """Raises UserError for a metric that is not logged, and for a damaged index of snapshots."""
+        """(Collective.) Raises UserError for a metric that is not logged, and for a damaged index of snapshots."""
         prefixes = {SCORES[name][0]: name for name in weights.all_names}
         logged = [f"{prefix}/{key}" for prefix in prefixes for key in ("top1", "top5", "loss")]
         self.metric = chosen_metric(config, logged)
         prefix, self._key = self.metric.split("/")
         self._name = prefixes[prefix]
         self._config, self._weights, self._world = config, weights, world
-        self._folder = folder
-        self._open()
+        self._snapshots: Snapshots  # on rank 0
 
-    def _open(self) -> None:
-        better = larger_is_better(self.metric)
-        self._snapshots = Snapshots(self._folder, self._config.top_k, better, metric=self.metric)
+        def open_on_main() -> None:
+            self._snapshots = Snapshots(folder, config.top_k, larger_is_better(self.metric), metric=self.metric)
+
+        on_main(world, open_on_main)
 
     def resume(self, step: int) -> list[str]:
         """Restore the snapshots as of the validation at `step` (collective). Returns a line for what is dropped."""
-        former = self._snapshots.former_metric
-        notes = [f"snapshots are chosen anew: by {self.metric}, so far by {former}"] if former else []
-        return [*notes, *on_main(self._world, lambda: self._snapshots.resume(step))]
+
+        def resume_on_main() -> list[str]:
+            former = self._snapshots.former_metric
+            notes = [f"snapshots are chosen anew: by {self.metric}, so far by {former}"] if former else []
+            return [*notes, *self._snapshots.resume(step)]
+
+        return on_main(self._world, resume_on_main)
 
     def offer(self, name: str, step: int, metrics: dict[str, float]) -> str | None:
         """Keep the weights in the module if `name` is tracked and they are among the best (collective). Returns a line
@@ -53,8 +59,12 @@ class Averaging:
 
     def average_kept(self, score: Callable[[State], float]) -> State | None:
         """The mean of the kept snapshots, uniform or greedy by `score` (collective); None where none was kept."""
-        self._open()  # rank 0's files, on every rank
-        if not self._snapshots.best:
+        best = [Snapshot(**each) for each in on_main(self._world, lambda: list(map(asdict, self._snapshots.best)))]
+        if not best:
             return None
         greedy = (lambda name, state: score(state)) if self._config.greedy else None
-        return average(self._snapshots.members(), greedy)[0]
+        members = ((each.file, read_on_main(self._world, partial(self._load, each))) for each in best)
+        return average(members, greedy)[0]
+
+    def _load(self, snapshot: Snapshot) -> State:
+        return self._snapshots.load(snapshot)

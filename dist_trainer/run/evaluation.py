@@ -4,6 +4,7 @@ from pathlib import Path
 
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.stream import EvalStream
+from dist_trainer.distributed.collectives import read_on_main
 from dist_trainer.distributed.world import World
 from dist_trainer.engine.evaluate import EvalResult, center_crop, evaluate, report_bad
 from dist_trainer.engine.inference import Inference, Preprocess
@@ -52,7 +53,7 @@ def evaluate_weights(
 
     Returns their sha256 too (tensors.py).
     """
-    state = checkpoint.load_weights(weights, name)
+    state = read_on_main(world, lambda: checkpoint.load_weights(weights, name))
     evaluation = Evaluation(config, world, terminal)
     evaluation.load(state, str(weights))
     return evaluation.score(), sha256(state)

@@ -7,7 +7,7 @@ synced and renamed, so the index always names complete files.
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -143,10 +143,6 @@ class Snapshots:
         if reason := self._fault(snapshot, digests=True):
             raise UserError(f"{self.folder / snapshot.file} {reason}: damaged; average without it, with --files")
         return read_tensors(self.folder / snapshot.file)
-
-    def members(self) -> Iterator[tuple[str, State]]:
-        """(file name, weights) of `best`, loaded one at a time."""
-        return ((each.file, self.load(each)) for each in self.best)
 
     def _as_of(self, step: int) -> list[Snapshot]:
         return [

@@ -48,8 +48,7 @@ def test_the_best_are_those_of_a_sorted_list(offered: list[float], top_k: int, l
             assert steps(kept) == expected
             assert files(folder) == (names(expected) | {INDEX} if expected else set())
             assert steps(Snapshots(folder, top_k, larger)) == expected
-        assert [each["n"].item() for _, each in kept.members()] == steps(kept)
-        assert [file for file, _ in kept.members()] == [each.file for each in kept.best]
+        assert [kept.load(each)["n"].item() for each in kept.best] == steps(kept)
 
 
 def test_weights_are_asked_for_only_when_they_would_be_taken(tmp_path: Path) -> None:
@@ -111,7 +110,7 @@ def test_opening_to_read_changes_nothing(tmp_path: Path) -> None:
     for name in (*strays, "bn_ema.safetensors"):
         (tmp_path / name).touch()
     before = files(tmp_path)
-    assert list(Snapshots(tmp_path, 2).members())
+    assert [Snapshots(tmp_path, 2).load(each) for each in Snapshots(tmp_path, 2).best]
     assert not Snapshots(tmp_path / "nothing", 2).best
     assert files(tmp_path) == before
     assert Snapshots(tmp_path, 2).resume(10) == []
@@ -138,7 +137,7 @@ def test_a_damaged_snapshot_is_refused_in_one_line(tmp_path: Path, damage: Calla
     path = tmp_path / "step_00000010.safetensors"
     damage(path)
     with pytest.raises(UserError) as caught:
-        average(kept.members())
+        average((each.file, kept.load(each)) for each in kept.best)
     assert message(caught).startswith(f"{path}{reason}")
     assert bit_equal(kept.load(kept.best[0]), dict(sorted(weights(20).items())))
 

@@ -188,7 +188,7 @@ class Simulation:
             shutil.copytree(self.folder, copy)
             of_then = Snapshots(copy, self.top_k, self.larger)
             assert of_then.resume(validated) == []
-            assert [state["n"].item() for _, state in of_then.members()] == self.expected(validated)
+            assert [of_then.load(each)["n"].item() for each in of_then.best] == self.expected(validated)
             shutil.rmtree(copy)
 
 
