@@ -69,11 +69,12 @@ def _during(error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """NCCL's texts begin with a place in its source; the reason comes below, the peer's address last."""
+    """NCCL's texts begin with a place in its source, and the reason comes below, the peer's address last; gloo's begin
+    with one too, and end with advice."""
     lines = [line.strip() for line in str(error).splitlines()]
     named = next((line for line in lines if re.match(r"nccl\w*Error|ncclInvalid", line)), None)
     if named is None:
-        return first_line(error)
+        return re.sub(r"^\[/\S+\] |\. This is typically caused by.*", "", first_line(error))
     last = lines[lines.index("Last error:") + 1 :][:1] if "Last error:" in lines else []
     return " ".join([named, *last])
 

@@ -40,8 +40,8 @@ def test_every_end_from_outside_is_gone_on_from_to_the_same_bits(slurm: Slurm, h
     submitting itself with its own options. Each ends with the weights of one process that was not disturbed, and is one
     W&B run.
 
-    Mutations: no restart; the signal goes to ranks that cannot hear it yet; the successor has other options, another
-    script, or the dead job's addresses.
+    Mutations: no restart; the signal goes to ranks that cannot hear it yet; a job that was requeued submits itself too;
+    the successor has other options, another script, or the dead job's addresses.
     """
     killed = submit(slurm, here, *SAVING, "--run.name=killed", "--wandb.mode=offline", options=("--nodelist=n1,n2",))
     only = ("--nodes=1-2", "--exclude=n1,n2,n5,n6,n7,n8")
@@ -66,7 +66,8 @@ def test_every_end_from_outside_is_gone_on_from_to_the_same_bits(slurm: Slurm, h
     for option in ("JobName=refused", "TimeLimit=00:30:00", "NumNodes=2", "ReqNodeList=n[7-8]", "CPUs/Task=2"):
         assert option in shown
     assert "train.sbatch small.yaml" in shown
-    slurm("scontrol", "update", f"JobId={limited}", "StartTime=now")
+    assert "Submitted batch job" not in output(here, limited) and "sbatch: error" not in output(here, limited)
+    slurm("scontrol", "update", f"JobId={limited}", "StartTime=now", "TimeLimit=30")  # or the next one comes at once
     slurm.wait_for_restart(lost, 120)
     slurm("scontrol", "update", f"JobId={lost}", "StartTime=now")
 

@@ -123,10 +123,16 @@ def all_reduce(text: str) -> None:
             "exiting prematurely. socketProgress: Connection closed by remote peer node7<50812>",
         ),
         (LOCAL, "NCCL failed in all_reduce: ncclUnhandledCudaError: Call to ", "failed. Cuda failure 'out of memory'"),
+        (
+            "[/__w/gloo/transport/tcp/pair.cc:545] Read error [192.0.2.2]:21389: Connection reset by peer. This is "
+            "typically caused by a remote worker crashing. Check the logs.",
+            "lost contact with another rank, which failed or was ended in all_reduce: Read error [192.0.2.2]:21389: ",
+            "Connection reset by peer",
+        ),
         (TIMEOUT, "lost contact with another rank, which failed or was ended in BROADCAST: [Rank 6] ", "timing out."),
     ],
 )
-def test_a_failure_of_nccl_is_one_line_that_names_the_collective(text: str, begin: str, end: str) -> None:
+def test_a_failure_of_a_collective_is_one_line_that_names_it(text: str, begin: str, end: str) -> None:
     """Texts as users report them. A rank that is gone is told from a failure here. Mutations: the first line, which is
     a place in a source; every failure is another rank's.
     """

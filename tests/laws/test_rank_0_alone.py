@@ -12,7 +12,9 @@ from running import ROOT, Session
 
 WITHOUT_FOLDER = """
 if [ "$RANK" = 0 ]; then exec "$@"; fi
-exec unshare -m bash -c 'mount -t tmpfs none runs && "$@"; status=$?; find runs -type f > seen-by-$RANK; exit $status' _ "$@"
+exec unshare -m bash -c '
+  mount -t tmpfs none runs && "$@"; status=$?
+  find runs -type f > seen-by-$RANK; exit $status' _ "$@"
 """
 
 
