@@ -143,6 +143,7 @@ def claim_on_main(
         "token": folder.token,
     }
     if folder.read_state() == "done" and folder.read_summary() is not None and not changed:
+        folder.write_state("done")  # of this attempt, too
         folder.release()
         return {**found, "is_complete": True, "checkpoint": None}
     for change in changed:

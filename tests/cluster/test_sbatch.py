@@ -32,9 +32,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_stopped_job_queues_itself_again_and_ends_as_if_it_had_not_been_stopped(slurm: Slurm, here: Path) -> None:
     """By Slurm's signal to its script, as before the time limit: it goes on by itself, to the very weights of one
     process that was not disturbed. A second one is cancelled by its user, and stays so, saved. A third has a mistake:
-    status 2 in one line, and it is not tried again.
+    status 2 in one line, and it is not tried again. The line of a run that is done is done at once.
 
-    Mutations: requeue whatever STATE says; a STATE of another attempt counts; no veto by TERM; torchrun's own report.
+    Mutations: requeue whatever STATE says; a run that was done before leaves the STATE of the attempt that did it; a
+    STATE of another attempt counts; no veto by TERM; torchrun's own report.
     """
     job = submit(slurm, here, *LONG, "--run.name=run")
     mistaken = submit(slurm, here, "--lr.peak=fast", "--run.name=mistaken")
@@ -58,6 +59,11 @@ def test_a_stopped_job_queues_itself_again_and_ends_as_if_it_had_not_been_stoppe
     assert state(run) == ["done", f"{job}.1.0"]
     assert "resuming from step_" in (here / f"{job}.out").read_text()
     assert digests(run) == digests(here / "runs" / "alone")
+    assert "Submitted" not in output(here, job)  # where a requeue is allowed, that is all
+
+    again = submit(slurm, here, *LONG, "--run.name=run")
+    assert slurm.wait(again) == ("COMPLETED", "0:0"), output(here, again)
+    assert state(run) == ["done", f"{again}.0.0"] and output(here, again).count("runs/run: complete") == 1
 
 
 @pytest.mark.slow  # a minute
