@@ -33,8 +33,8 @@ EXIT_BARRIER_S = 10.0
 def command(argv: list[str]) -> int:
     """Raises UserError for an argument that torchrun does not take."""
     status = "done"
-    # A rendezvous that is gone when an agent leaves it, after the ranks have said why they ended.
-    logging.getLogger("torch.distributed.elastic.rendezvous").setLevel(logging.ERROR)
+    # Of signals, and of a rendezvous that is gone when an agent leaves it; the ranks have said why they end.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "status"
         os.environ[STATUS_FILE] = str(said)
