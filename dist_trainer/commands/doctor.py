@@ -243,7 +243,7 @@ def space(config: TrainConfig, world: World, engine: Engine) -> Finding:
 
     def look() -> Finding:
         free = shutil.disk_usage(root).free
-        line = f"space: checkpoints of a run take {needed / 1e9:.2f} GB, and {free / 1e9:,.1f} GB are free in {root}"
+        line = f"space: checkpoints of a run take {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free in {root}"
         if free >= needed:
             return Finding(True, line)
         return Finding(False, line + ": make room, choose another --run.dir, or keep fewer", stops=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from running import ROOT
+from safetensors.torch import load_file
 
 from dist_trainer.commands import doctor
 from dist_trainer.commands.main import dispatch
@@ -135,13 +136,24 @@ def test_a_gpu_without_bf16_is_told_to_take_fp32(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_disk_that_is_too_small_for_the_checkpoints_stops(said: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """30 kB are free, and three checkpoints, the best weights and four averages are planned. Mutation: count one."""
-    usage = type("Usage", (), {"free": 30_000})
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    status, lines = said("--duration=20step")
-    assert status == 1
+    """By a byte: two checkpoints and the one being written, the best weights twice, two snapshots, one more, and the
+    average, of tensors as an earlier revision left them. Mutations: count one checkpoint; forget EMA, or snapshots.
+    """
+    (kept,) = (ROOT / "tests" / "fixtures" / "81fd9c4").glob("runs/*/checkpoints/step_00000010")
+    sizes = {
+        file.stem: sum(value.numel() * value.element_size() for value in load_file(file).values())
+        for file in kept.glob("*.safetensors")
+    }
+    whole = 3 * (sizes["model"] + sizes["optim"] + sizes["ema"]) + (2 + 4) * sizes["model"]
+    for free, status in ((whole, 0), (whole - 1, 1)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: type("Usage", (), {"free": free}))
+        ended, lines = said("--duration=20step")
+        assert ended == status, lines
     (cross,) = [line for line in crosses(lines) if line.startswith("space: ")]
-    assert "are free in runs: make room, choose another --run.dir, or keep fewer" in cross
+    assert cross.startswith(
+        f"space: checkpoints of a run take {whole / 1e6:,.1f} MB, and {whole / 1e6:,.1f} MB are free"
+    )
+    assert cross.endswith("make room, choose another --run.dir, or keep fewer")
 
 
 def test_more_ranks_than_the_batch_feeds_are_counted(said: Doctor, tmp_path: Path) -> None:
