@@ -37,11 +37,11 @@ $(VENV)/installed-test: $(VENV)/installed
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    (apt-get install -y -qq g++ || (apt-get update -qq; apt-get install -y -qq g++)) >/dev/null 2>&1 || true; \
 	  else echo "tests of engine.compile will be skipped: no C++ compiler (Debian: g++)"; fi; fi
-	@if ! PATH="$$PATH:/usr/sbin" command -v slurmd >/dev/null; then \
+	@if ! PATH="$$PATH:/usr/sbin" command -v slurmd >/dev/null || ! PATH="$$PATH:/usr/sbin" command -v ip >/dev/null; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then export DEBIAN_FRONTEND=noninteractive; \
-	    slurm="apt-get install -y -qq --no-install-recommends slurm-wlm slurm-wlm-basic-plugins munge"; \
+	    slurm="apt-get install -y -qq --no-install-recommends slurm-wlm slurm-wlm-basic-plugins munge iproute2"; \
 	    ($$slurm || (apt-get update -qq; $$slurm)) >/dev/null 2>&1 || true; \
-	  else echo "tests of slurm/ will be skipped: no slurmd, or not root (Debian: slurm-wlm slurm-wlm-basic-plugins munge)"; fi; fi
+	  else echo "tests of slurm/ and of several hosts will be skipped: no slurmd or ip, or not root (Debian: slurm-wlm slurm-wlm-basic-plugins munge iproute2)"; fi; fi
 	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
 	touch $@
 
@@ -78,5 +78,8 @@ lint: test-needs
 test: lint data
 	$(BIN)/pytest -q
 
+# Those of tests/cluster mostly wait, so they run beside the others.
 test-slow: test-needs data
-	$(BIN)/pytest -q -m slow
+	@log=$$(mktemp); $(BIN)/pytest -q -m slow tests/cluster >$$log 2>&1 & cluster=$$!; trap 'kill $$cluster' INT TERM; \
+	$(BIN)/pytest -q -m slow --ignore=tests/cluster; others=$$?; \
+	wait $$cluster; status=$$?; cat $$log; rm $$log; exit $$((others | status))
