@@ -75,11 +75,15 @@ lint: test-needs
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint data
-	$(BIN)/pytest -q
+# pytest with these options. Tests of tests/cluster mostly wait, so they run beside the others; what they say comes last.
+define PYTEST
+  @log=$$(mktemp); $(BIN)/pytest -q $(1) tests/cluster >$$log 2>&1 & cluster=$$!; trap 'kill $$cluster' INT TERM; \
+  $(BIN)/pytest -q $(1) --ignore=tests/cluster; others=$$?; \
+  wait $$cluster; status=$$?; cat $$log; rm $$log; exit $$((others | status))
+endef
 
-# Those of tests/cluster mostly wait, so they run beside the others.
+test: lint data
+	$(call PYTEST,)
+
 test-slow: test-needs data
-	@log=$$(mktemp); $(BIN)/pytest -q -m slow tests/cluster >$$log 2>&1 & cluster=$$!; trap 'kill $$cluster' INT TERM; \
-	$(BIN)/pytest -q -m slow --ignore=tests/cluster; others=$$?; \
-	wait $$cluster; status=$$?; cat $$log; rm $$log; exit $$((others | status))
+	$(call PYTEST,-m slow)

@@ -88,18 +88,19 @@ def test_a_preempted_job_goes_on_when_the_nodes_are_free_again(slurm: Slurm, her
 
 @pytest.mark.slow  # half a minute
 def test_nodes_that_the_batch_cannot_feed_are_named_and_the_average_is_one_more_line(slurm: Slurm, here: Path) -> None:
-    """Three nodes, and a batch of two micro-batches: two ranks train, to the end. Then average.sbatch on what they
-    left.
+    """Three nodes of two GPUs each (which are files here), and a batch of three micro-batches: two ranks on the first
+    node and one on the second train, to the end. Then average.sbatch on what they left.
 
-    Mutations: start three, which `train` refuses; leave a node idle without a word.
+    Mutations: one rank per node; start six, which `train` refuses; leave a node idle without a word.
     """
-    job = submit(slurm, here, "--run.name=run", options=("--nodes=3",))
+    batch = ["--batch.global_batch=12", "--batch.micro_batch=4"]
+    job = submit(slurm, here, "--run.name=run", *batch, options=("--nodes=3", "--gpus-per-node=2"))
     assert slurm.wait(job) == ("COMPLETED", "0:0"), output(here, job)
     idle = slurm("scontrol", "show", "job", job)
     last = re.search(r" NodeList=n\[?(?:\d)-?(\d)", idle) or re.search(r" NodeList=\S*,n(\d)", idle)
     assert last is not None, idle
-    assert f"the batch feeds 2 ranks at most: nothing to do for n{last[1]}\n" in output(here, job)
-    assert json.loads((here / "runs" / "run" / "summary.json").read_text())["world"] == 2
+    assert f"the batch feeds 3 ranks at most: nothing to do for n{last[1]}\n" in output(here, job)
+    assert json.loads((here / "runs" / "run" / "summary.json").read_text())["world"] == 3
     options = ["--cpus-per-task=2", "--output=%j.out", str(ROOT / "slurm" / "average.sbatch")]
     job = slurm.submit(here, *options, "runs/run", "--last=2")
     assert slurm.wait(job) == ("COMPLETED", "0:0"), output(here, job)

@@ -48,7 +48,7 @@ def test_every_end_from_outside_is_gone_on_from_to_the_same_bits(slurm: Slurm, h
     lost = submit(slurm, here, *SAVING, "--run.name=lost", options=only)
     limit = ("--time=2", "--signal=B:USR1@110", "--nodelist=n5,n6")  # up to 60 s earlier
     limited = submit(slurm, here, *LONG, "--run.name=limited", options=limit)
-    refuse = ("--no-requeue", "--time=30", "--job-name=refused", "--nodelist=n7,n8", "--partition=main")
+    refuse = ("--no-requeue", "--time=30", "--job-name=refused", "--nodelist=n7,n8", "--gres=gpu:1")
     refused = submit(slurm, here, *LONG, "--run.name=refused", options=refuse)
 
     run = started(slurm, here, refused, "refused", 180)
@@ -63,7 +63,7 @@ def test_every_end_from_outside_is_gone_on_from_to_the_same_bits(slurm: Slurm, h
     successor = re.findall(r"Submitted batch job (\d+)", output(here, refused))
     assert len(successor) == 1
     shown = slurm("scontrol", "show", "job", successor[0])
-    for option in ("JobName=refused", "TimeLimit=00:30:00", "NumNodes=2", "ReqNodeList=n[7-8]", "CPUs/Task=2"):
+    for option in ("JobName=refused", "TimeLimit=00:30:00", "NumNodes=2", "ReqNodeList=n[7-8]", "CPUs/Task=2", "gpu:1"):
         assert option in shown
     assert "train.sbatch small.yaml" in shown
     assert "Submitted batch job" not in output(here, limited) and "sbatch: error" not in output(here, limited)

@@ -35,6 +35,8 @@ def test_srun_starts_one_run_and_a_batch_script_one_process(slurm: Slurm, here: 
     """Two tasks on two nodes are the ranks of one run, which a signal stops with status 3 and the same line goes on
     with. Before it, in the same script, with all the variables of a job of two tasks, a plain command is one process.
 
+    `doctor` measures the two of them together.
+
     Mutations: two runs that compete for the folder; the plain command waits for another rank; status 0 after a stop.
     """
     options = ["--nodes=2", "--ntasks=2", "--cpus-per-task=2", "--output=%j.out"]
@@ -47,9 +49,11 @@ def test_srun_starts_one_run_and_a_batch_script_one_process(slurm: Slurm, here: 
     os.kill(rank, signal.SIGUSR1)
     assert slurm.wait(job) == ("FAILED", "3:0"), output(here, job)
     assert state(run) == ["stopped"]
-    job = slurm.submit(here, *options, f"--wrap=srun --cpus-per-task=2 {TRAIN} --run.name=run")
+    doctor = "srun --cpus-per-task=2 dist-trainer doctor small.yaml"
+    job = slurm.submit(here, *options, f"--wrap={doctor} && srun --cpus-per-task=2 {TRAIN} --run.name=run")
     assert slurm.wait(job) == ("COMPLETED", "0:0"), output(here, job)
     assert "waiting for 2 ranks at " in output(here, job) and "is training there" not in output(here, job)
+    assert "✓ devices: 2 ranks on 1 host: " in output(here, job) and "all-reduce" in output(here, job)
     assert output(here, job).count("run folder runs/run, resuming from step_") == 1
     assert digests(run) == digests(alone(here))
 

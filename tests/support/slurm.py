@@ -39,6 +39,7 @@ SwitchType=switch/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+GresTypes=gpu
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2
 PreemptType=preempt/partition_prio
@@ -97,7 +98,7 @@ class Slurm:
     def start(self) -> None:
         host, ports = socket.gethostname().partition(".")[0], free_ports(1 + len(self._names))
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 State=UNKNOWN"
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 Gres=gpu:2 State=UNKNOWN"
             for name, port in zip(self._names, ports[1:], strict=True)
         )
         for name in ("munge", "state", *(f"spool/{name}" for name in self._names)):
@@ -108,6 +109,14 @@ class Slurm:
         key.chmod(0o600)
         (self._folder / "slurm.conf").write_text(
             CONFIG.format(host=host, folder=self._folder, port=ports[0], nodes=nodes)
+        )
+        devices = self._folder / "gpu"  # any files do: nobody opens them
+        devices.mkdir()
+        for name in self._names:
+            for number in range(2):
+                (devices / f"{name}-{number}").touch()
+        (self._folder / "gres.conf").write_text(
+            "".join(f"NodeName={name} Name=gpu File={devices}/{name}-[0-1]\n" for name in self._names)
         )
         (self._folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # 22.05 insists on one, and uses none
         munge = self._folder / "munge"
