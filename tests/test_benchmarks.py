@@ -75,6 +75,8 @@ def check(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     if words[0] in ("taskset", "torchrun"):
         start = next(n for n, word in enumerate(words) if word in ("python", "-m") or word.endswith(".py"))
         words = words[start:] if words[start] == "python" else ["python", *words[start:]]
+    if words[0] == "srun":
+        words = words[words.index("dist-trainer") :]
     program, *rest = words
     if rest[:2] == ["-m", "dist_trainer"]:
         program, rest = "dist-trainer", rest[2:]
@@ -91,7 +93,7 @@ def check(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     elif program == "dist-trainer":
         shown = options_of(" ".join(rest[:2] if rest[0] == "shards" else rest[:1]), capsys)
         assert all(f"--{option}" in shown or option in CONFIG_KEYS for option in options), options
-    elif program == "launch/local.sh":
+    elif program in ("launch/local.sh", "launch/node.sh"):
         assert (ROOT / program).is_file()
         assert rest[0] in COMMANDS
     elif program == "pytest":

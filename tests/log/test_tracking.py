@@ -52,13 +52,17 @@ def history(file: Path) -> list[dict[str, Any]]:
 
 
 def test_wandb_holds_what_metrics_jsonl_holds_in_one_run(run: Path) -> None:
-    """Value by value, from rank 0 alone, both parts under one id. Mutations: log on every rank; a new id on resume."""
+    """Value by value, from rank 0 alone, both parts under one id; that it went on is an event in both.
+
+    Mutations: log on every rank; a new id on resume; the event goes to the terminal alone.
+    """
     files = sorted(run.glob("wandb/*run-*/run-*.wandb"))
     assert len(files) == 2, "one file per process that trained"
     assert len({file.name for file in files}) == 1, "one run id"
     ours = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     theirs = [row for file in files for row in history(file)]
-    assert len(ours) == 20 + 2 * 2 and len(theirs) == len(ours)
+    assert len(ours) == 20 + 2 * 2 + 1 and len(theirs) == len(ours)
+    assert [row["run/world"] for row in theirs if "run/event" in row] == [2]
     for a, b in zip(ours, theirs, strict=True):
         assert {key: b[key] for key in a} == a
 
