@@ -82,19 +82,18 @@ class Ownership:
     def _goes_on_writing(self, owner: dict[str, Any], say: Callable[[str], None]) -> bool:
         """Whether an owner elsewhere does so. Ages are by the clock of the file system, since hosts' may differ."""
         (self.path / ".lock").touch()
-        left = STALE_S - ((self.path / ".lock").stat().st_mtime - (self.path / "owner.json").stat().st_mtime)
+        try:
+            left = STALE_S - ((self.path / ".lock").stat().st_mtime - (self.path / "owner.json").stat().st_mtime)
+        except FileNotFoundError:  # released in this moment
+            return False
         if left <= 0:
             return False
         say(
             f"{self.path}: process {owner['pid']} on {owner['host']} was training there "
             f"{max(0.0, STALE_S - left):.0f} s ago; it may live: waiting up to {left:.0f} s for a sign of it"
         )
-        until = time.monotonic() + left
-        while time.monotonic() < until:
-            time.sleep(min(0.5, left))
-            now = read_owner(self.path)
-            if now != owner:
-                return now is not None  # released, or it wrote again
+        if _comes(self.path, lambda: read_owner(self.path) != owner, left):
+            return read_owner(self.path) is not None  # it wrote again, or released the folder
         say(f"{self.path}: no sign of it: going on in its place")
         return False
 
@@ -152,7 +151,7 @@ def _comes(folder: Path, condition: Callable[[], bool], patience_s: float) -> bo
             return False
         with contextlib.suppress(OSError):
             list(folder.iterdir())  # makes NFS look again
-        time.sleep(0.1)
+        time.sleep(min(0.2, patience_s))
     return True
 
 
