@@ -14,6 +14,8 @@ from dist_trainer.distributed.world import World
 from dist_trainer.errors import UserError
 
 T = TypeVar("T")
+MESSAGE_BYTES = 2**26
+"""Of tensors that are sent together."""
 
 
 def broadcast_json(world: World, value: Any) -> Any:
@@ -45,13 +47,32 @@ def gather_json(world: World, value: Any) -> list[Any]:
 
 
 def broadcast_tensors(world: World, tensors: Iterable[torch.Tensor]) -> None:
-    """Copy rank 0's values into every rank's `tensors` (in place; equal shapes and order), through the host."""
+    """Copy rank 0's values into every rank's `tensors` (in place; equal types, shapes and order), through the host.
+
+    Many small ones go in one message.
+    """
     if world.size == 1:
         return
+    message, size = list[torch.Tensor](), 0
     for tensor in tensors:
-        values = tensor.detach().cpu().contiguous()
-        dist.broadcast(values.reshape(-1).view(torch.uint8), 0, group=world.host_group)  # any dtype
-        tensor.detach().copy_(values)
+        if message and size + tensor.nbytes > MESSAGE_BYTES:
+            _broadcast_together(world, message)
+            message, size = [], 0
+        message.append(tensor.detach())
+        size += tensor.nbytes
+    if message:
+        _broadcast_together(world, message)
+
+
+def _broadcast_together(world: World, tensors: list[torch.Tensor]) -> None:
+    sizes = [tensor.nbytes for tensor in tensors]
+    if world.is_main:
+        values = torch.cat([tensor.cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors])
+    else:
+        values = torch.empty(sum(sizes), dtype=torch.uint8)
+    dist.broadcast(values, 0, group=world.host_group)
+    for tensor, piece in zip(tensors, torch.split(values, sizes), strict=True):
+        tensor.copy_(piece.clone().view(tensor.dtype).reshape(tensor.shape))  # cloned, so that it is aligned
 
 
 @contextlib.contextmanager
