@@ -9,7 +9,7 @@ import pytest
 from running import ROOT, Session, metrics, torchrun, wait_for_step
 
 CONFIG = [
-    "small.yaml", "--engine.sums=exact", "--batch.micro_batch=4", "--duration=300step", "--eval.every=null",
+    "small.yaml", "--engine.sums=exact", "--batch.micro_batch=4", "--duration=800step", "--eval.every=null",
     "--checkpoint.every=10step", "--log.every=1step",
 ]  # fmt: skip
 
