@@ -67,7 +67,7 @@ def ema_figures(world: World, rounds: int) -> Figures:
     results: Figures = {}
     for zero in (0, 1, 2, 3):
         engine = engine_of(world, zero)
-        live = engine.local_weights if engine.is_sharded or world.is_main else dict
+        live = engine.local_weights() if engine.is_sharded or world.is_main else {}
         ours = Ema(EmaConfig(decay=DECAY), live, torch.zeros(2), 0, 10**6)
         sides: dict[str, Callable[[], object]] = {"ours": ours.update}
         if not zero:

@@ -11,6 +11,24 @@ State = dict[str, torch.Tensor]
 """Weights, buffers or optimizer state by name, such as {"conv1.weight": float32 [64, 3, 7, 7]}."""
 
 
+class HostCopy:
+    """A copy of a small tensor on its way to the host, through pinned memory where there is a device.
+
+    Made on the current stream. Only `read` waits, for that stream's work up to here, not for what was launched since.
+    """
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._value = value.detach().to("cpu", non_blocking=True)
+        on_host = value.device.type == "cpu"
+        self._done = None if on_host else torch.accelerator.current_stream(value.device).record_event()
+
+    def read(self) -> torch.Tensor:
+        """The values, on the host."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._value
+
+
 def not_finite(state: State) -> str | None:
     """The name of the first tensor with a NaN or an infinity, or None."""
     return next((name for name, value in state.items() if not value.isfinite().all()), None)

@@ -60,8 +60,13 @@ def train_step(run: Run, step: int, batches: Iterator[Batch]) -> None:
     learner.engine.set_lr(learner.learning_rate(step))
     for batch in record.meter.timed(batches):
         run.sums.add(learner.engine.forward_backward(batch), batch)
+    # All this is launched while the device still computes; then the host waits once, for the gradient's norm.
+    learner.engine.reduce()
+    run.sums.exchange(learner.engine.take_beyond())  # asynchronous: collects the sum of the step before
+    if learner.ema is not None:
+        learner.ema.settle()
     applied = learner.engine.step()  # never with a gradient that is not finite
-    run.sums.exchange(applied, learner.engine.take_beyond())  # asynchronous: collects the sum of the step before
+    run.sums.decide(applied)
     if learner.ema is not None and applied:
         learner.ema.update()
     if not record.bad_samples.outage:  # otherwise this step is repeated later, with its data

@@ -24,7 +24,7 @@ from dist_trainer.engine.exact import ExactReducer
 from dist_trainer.engine.inference import Inference, Preprocess
 from dist_trainer.errors import UserError
 from dist_trainer.plan import Plan
-from dist_trainer.tensors import State
+from dist_trainer.tensors import HostCopy, State
 from dist_trainer.tricks.compiling import compile_training, uncompiled
 from dist_trainer.tricks.gradient_checkpointing import checkpoint_blocks
 from dist_trainer.tricks.losses import Loss, weighted_sum
@@ -95,7 +95,7 @@ class EngineConfig:
 
 
 class Engine(Inference):
-    """What both backends share. `grad_norm` is that of the last step, before clipping."""
+    """What both backends share. `grad_norm` is that of the last step, before clipping, on the host."""
 
     def __init__(
         self,
@@ -122,6 +122,7 @@ class Engine(Inference):
         )
         self._micro_step = 0
         self._has_updated = False
+        self._norm: tuple[torch.Tensor, HostCopy] | None = None
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._reducer: ExactReducer | None = None
 
@@ -134,6 +135,9 @@ class Engine(Inference):
 
     def _backward(self, loss: torch.Tensor) -> None:
         raise NotImplementedError
+
+    def _reduce(self) -> None:
+        """What `reduce` does, where there is something to do."""
 
     def _update(self) -> bool:
         """Apply the reduced gradients unless they are not finite; set `grad_norm`; clear the gradients."""
@@ -196,24 +200,39 @@ class Engine(Inference):
     def _is_last(self) -> bool:
         return self._micro_step == self.plan.forwards - 1
 
-    def step(self) -> bool:
-        """Update the weights. False, on every rank alike, when the gradient was not finite: nothing changed then."""
+    def reduce(self) -> None:
+        """End the reduction of the step's gradient and send its norm to the host. Nothing here waits for the device.
+
+        What is launched between this and `step` runs while the host waits in `step`.
+        """
         assert self._micro_step == self.plan.forwards, "a step is plan.forwards micro-batches"
         self._micro_step = 0
+        self._reduce()
+
+    def step(self) -> bool:
+        """Update the weights. False, on every rank alike, when the gradient was not finite: nothing changed then."""
+        if self._micro_step:
+            self.reduce()
         applied = self._update()
         if applied and not self._has_updated:
             self._check_state()
             self._has_updated = True
         return applied
 
-    def _clip_and_update(self) -> bool:
-        """For full gradients, equal on all ranks: the one host read of a step, without a collective."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        self.grad_norm = nn.utils.get_total_norm(gradients)
+    def _send_norm(self) -> None:
+        """For full gradients, equal on all ranks."""
+        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        self._norm = norm, HostCopy(norm)
+
+    def _is_finite(self) -> bool:
+        """Whether the gradient is, which is clipped then. The one wait of a step, without a collective."""
+        assert self._norm is not None
+        norm, on_host = self._norm
+        self.grad_norm = on_host.read()
         if not math.isfinite(self.grad_norm.item()):
             return False
         if self.config.clip_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip_grad_norm, self.grad_norm)
+            nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip_grad_norm, norm)
         return True
 
     # The weights

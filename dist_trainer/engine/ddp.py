@@ -77,10 +77,13 @@ class TorchEngine(Engine):
         else:
             loss.backward()  # type: ignore[no-untyped-call]
 
-    def _update(self) -> bool:
+    def _reduce(self) -> None:
         if self._reducer is not None:
             self._reducer.finish()
-        applied = self._clip_and_update()
+        self._send_norm()
+
+    def _update(self) -> bool:
+        applied = self._is_finite()
         if applied:
             self._apply_update()
         self.optimizer.zero_grad(set_to_none=True)

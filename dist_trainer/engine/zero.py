@@ -175,11 +175,14 @@ class ExactZero(ZeroEngine):
     def _backward(self, loss: torch.Tensor) -> None:
         self._reducer.backward(loss)
 
+    def _reduce(self) -> None:
+        self._reducer.finish()
+        self._send_norm()
+
     def _update(self) -> bool:
         from dist_trainer.engine.deepspeed import step_with_gradients
 
-        self._reducer.finish()
-        applied = self._clip_and_update()
+        applied = self._is_finite()
         if applied:
             step_with_gradients(self._engine)
         for parameter in self._parameters:

@@ -177,7 +177,7 @@ def build_ema(config: EmaConfig, engine: Engine, batch_norm: RunningStatistics, 
     """The moving average, where one is configured: of all weights on rank 0, or of each rank's piece."""
     if config.decay is None:
         return None
-    live = engine.local_weights if engine.is_sharded or engine.world.is_main else dict
+    live = engine.local_weights() if engine.is_sharded or engine.world.is_main else {}
     return Ema(config, live, batch_norm.running, start, total)
 
 

@@ -25,9 +25,10 @@ class Stopped(Exception):
 
 
 class StepSums:
-    """`exchange` collects the sum of the step before and starts that of this one; `finish` waits for the last.
+    """`exchange` collects the sum of the step before and starts that of this one; `decide` says whether the step's
+    update was made; `finish` waits for the last sum.
 
-    Waiting earlier or later changes no value, so logs, evaluations and saves may call `finish` at any time.
+    Waiting earlier or later changes no value, so logs, evaluations and saves may call `finish` between steps.
     """
 
     def __init__(
@@ -96,8 +97,8 @@ class StepSums:
         if not batch.ghost:
             self._batch_norm.add()
 
-    def exchange(self, applied: bool, beyond: torch.Tensor | int = 0) -> None:
-        """Start the sum of a step whose update was made or, if not `applied`, was not: its statistics do not count.
+    def exchange(self, beyond: torch.Tensor | int = 0) -> None:
+        """Start the sum of a step, before its update.
 
         `beyond`: how many values of this rank's gradients exact sums do not promise (engine/exact.py).
         """
@@ -109,9 +110,12 @@ class StepSums:
         head[:2] = self._loss
         head[2] = beyond
         self._sum.launch(torch.cat([head, self._batch_norm.take()]))
-        self._applied = applied
         self._problems = [asdict(bad) for bad in self._bad], self._outages
         self._reset()
+
+    def decide(self, applied: bool) -> None:
+        """Whether the update of the step whose sum was started last was made. If not, its statistics do not count."""
+        self._applied = applied
         if not applied:
             # NaN in a buffer would survive: even momentum 1 computes 0 * NaN.
             self._batch_norm.publish()

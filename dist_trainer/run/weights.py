@@ -42,6 +42,8 @@ class Weights:
         with contextlib.ExitStack() as stack:
             stack.callback(self._batch_norm.publish)
             self._batch_norm.publish()
+            if self._ema is not None:
+                self._ema.settle()  # before the weights change
             if state is not None:
                 stack.enter_context(self._engine.swapped_in(self._engine.to_local(state)))
                 self._batch_norm.load(self._batch_norm.flatten(state))

@@ -5,7 +5,6 @@ running statistics are equal on all ranks and averaged on each.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,7 +30,8 @@ class EmaConfig:
     every: int = 1
     """Update the average at every n-th update, with the decay to the power n."""
     device: Literal["same", "cpu"] = "same"
-    """Where the average is kept: with the weights, or in host memory (each update then copies the weights there)."""
+    """Where the average is kept: with the weights, or in host memory (each update then copies the weights there, while
+    the next step is computed)."""
 
     def check(self) -> None:
         """Raises UserError for impossible values."""
@@ -57,24 +57,55 @@ def decay_at(config: EmaConfig, step: int, total: int) -> float:
     return config.decay
 
 
+class _OnHost:
+    """Copies of `values` in host memory, pinned where they are on a device, made on a stream of their own."""
+
+    def __init__(self, values: list[torch.Tensor]) -> None:
+        self._values, self._device = values, values[0].device
+        on_gpu = self._device.type == "cuda"
+        self.copies = [torch.empty_like(value, device="cpu", pin_memory=on_gpu) for value in values]
+        self._side = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._done: torch.cuda.Event | None = None
+
+    def launch(self) -> None:
+        """Copy the values as they are now. They must not change before `wait`."""
+        if self._side is None:
+            torch._foreach_copy_(self.copies, self._values)
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side):
+            torch._foreach_copy_(self.copies, self._values, non_blocking=True)
+        self._done = self._side.record_event()
+
+    def wait(self) -> None:
+        if self._done is not None:
+            self._done.synchronize()
+
+
 class Ema:
     """`weights` and `statistics` are the average once it `has_begun`. Updates that were not applied do not count."""
 
-    def __init__(
-        self, config: EmaConfig, live: Callable[[], State], statistics: torch.Tensor, start: int, total: int
-    ) -> None:
-        """`live` gives the float32 weights that this rank averages, by name; on some ranks none.
+    def __init__(self, config: EmaConfig, live: State, statistics: torch.Tensor, start: int, total: int) -> None:
+        """`live`: the float32 weights that this rank averages, which change in place; on some ranks none.
 
         `statistics`: float32 [2C], where training starts. `start`, `total`: in applied updates of the run.
         """
         self._config, self._start, self._total = config, start, max(1, total - start)
-        self._live = live
         device = torch.device("cpu") if config.device == "cpu" else None
-        self.weights = {name: value.to(device, copy=True) for name, value in live().items()}
+        self._weights = {name: value.to(device, copy=True) for name, value in live.items()}
+        self._live, self._averages = list(live.values()), list(self._weights.values())
+        self._on_host = _OnHost(self._live) if device is not None and live else None
+        self._pending: float | None = None
+        """The weight of the copies on the host that are not in the average yet."""
         self.statistics = statistics.clone()
         self.num_updates = 0
         """Applied updates of the run so far."""
         self._num_followed = 0
+
+    @property
+    def weights(self) -> State:
+        self.settle()
+        return self._weights
 
     @property
     def has_begun(self) -> bool:
@@ -99,12 +130,23 @@ class Ema:
         """Add the current weights. Call it after every applied update."""
         weight = self._weight(self.num_updates)
         self.num_updates += 1
-        if weight is None or not self.weights:
+        if weight is None or not self._live:
             return
-        live = self._live()
-        if self._config.device == "cpu":
-            live = {name: value.to("cpu") for name, value in live.items()}
-        torch._foreach_lerp_(list(self.weights.values()), [live[name] for name in self.weights], weight)
+        if self._on_host is None:
+            torch._foreach_lerp_(self._averages, self._live, weight)
+        else:
+            self.settle()
+            self._on_host.launch()
+            self._pending = weight
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Bring an average on the host up to date. Call it before the weights change, best while the device computes:
+        the weights of the last update may still be on their way."""
+        if self._pending is not None and self._on_host is not None:
+            self._on_host.wait()
+            torch._foreach_lerp_(self._averages, self._on_host.copies, self._pending)
+            self._pending = None
 
     def update_statistics(self, statistics: torch.Tensor) -> None:
         """Add the running statistics (float32 [2C]) of the next applied update, one step after its weights."""

@@ -138,7 +138,7 @@ class Case:
     def steps(self, engine: Engine, steps: range) -> dict[str, torch.Tensor]:
         """Model and optimizer state after these steps; where something is frozen, also the moving average."""
         statistics = RunningStatistics(engine.module)
-        ema = Ema(EmaConfig(decay=0.9), engine.local_weights, statistics.running, 0, STEPS)
+        ema = Ema(EmaConfig(decay=0.9), engine.local_weights(), statistics.running, 0, STEPS)
         for step in steps:
             engine.set_lr(self.rate * RATES[step])
             for slot in self.plan.slots_of(self.world.rank):

@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed import HashStore
 
 from dist_trainer.distributed.world import World
-from dist_trainer.engine.base import EngineConfig
-from dist_trainer.engine.ddp import TorchEngine
+from dist_trainer.engine.base import Engine, EngineConfig
+from dist_trainer.engine.build import build_engine
 from dist_trainer.engine.inference import Preprocess
 from dist_trainer.plan import BatchConfig, Duration, make_plan
 from dist_trainer.tricks.batch_norm import RunningStatistics
@@ -48,19 +48,28 @@ def micro_batch(step: int, slot: int, channels: int = 3, size: int = 32) -> Any:
 class Trained:
     """`losses` by micro-batch; `gradients` of the last step by name; `statistics` as published."""
 
-    engine: TorchEngine
+    engine: Engine
     losses: list[float]
     gradients: dict[str, torch.Tensor]
     statistics: RunningStatistics
 
 
-def build(model: nn.Module, *, lr: float = 1e-3, channels: int = 3, **engine: Any) -> TorchEngine:
-    config = EngineConfig(backend="torch", precision="fp32", **engine)
+def build(model: nn.Module, *, lr: float = 1e-3, channels: int = 3, **engine: Any) -> Engine:
+    config = EngineConfig(**{"backend": "torch", "precision": "fp32", **engine})
     batch = BatchConfig(global_batch=MICRO_BATCH * NUM_SLOTS, micro_batch=MICRO_BATCH)
     plan = make_plan(batch, Duration.parse("9step", "duration"), world=1, num_samples=800)
     preprocess = Preprocess(mean=[0.5] * channels, std=[0.25] * channels, channels_last=True)
-    optimizer, mixing = build_optimizer(OptimizerConfig(), model, lr, 0), Mixing(MixingConfig(), plan, 7)
-    built = TorchEngine(model, optimizer, build_loss(LossConfig()), mixing, config, plan, ALONE, preprocess, 7)
+    built = build_engine(
+        config,
+        model=model,
+        optimizer=build_optimizer(OptimizerConfig(), model, lr, 0),
+        loss=build_loss(LossConfig()),
+        mixing=Mixing(MixingConfig(), plan, 7),
+        plan=plan,
+        world=ALONE,
+        preprocess=preprocess,
+        seed=7,
+    )
     built.set_lr(lr)
     return built
 

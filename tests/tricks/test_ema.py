@@ -17,12 +17,13 @@ State = dict[str, torch.Tensor]
 
 
 def ema_of(weights: State, total: int, start: int = 0, **values: Any) -> Ema:
-    return Ema(EmaConfig(**values), lambda: weights, torch.zeros(2), start, total)
+    return Ema(EmaConfig(**values), weights, torch.zeros(2), start, total)
 
 
 def follow(ema: Ema, weights: State, values: list[float]) -> None:
     """One applied update per value; its statistics come one update later."""
     for value in values:
+        ema.settle()
         weights["w"].fill_(value)
         ema.update()
     for value in values:
@@ -99,12 +100,10 @@ def test_it_is_timms() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 5))
     theirs = ModelEmaV3(model, decay=0.97, foreach=True)
 
-    def live() -> State:
-        return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
     def statistics() -> torch.Tensor:
         return torch.cat([model[1].running_mean, model[1].running_var])  # type: ignore[list-item]
 
+    live = {name: parameter.detach() for name, parameter in model.named_parameters()}
     ours = Ema(EmaConfig(decay=0.97), live, statistics(), 0, 50)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(50):
