@@ -7,6 +7,7 @@ know of this host is derived here; a variable that is set, and an argument that 
 import argparse
 import logging
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -45,8 +46,10 @@ def command(argv: list[str]) -> int:
             torchrun.run(args)  # type: ignore[no-untyped-call]
         except (ValueError, AssertionError) as error:  # of an argument
             raise UserError(f"agent: {first_line(error)}") from None
-        except ChildFailedError:  # one that said nothing was killed
+        except ChildFailedError as error:
             status = "fault"
+            if line := killed(error):
+                print(f"agent: {line}", file=sys.stderr, flush=True)
         except SignalException:  # those that said nothing had not begun
             status = "interrupted"
         except (RendezvousError, DistError, OSError) as error:
@@ -83,6 +86,16 @@ def describe_host(args: argparse.Namespace) -> None:
     use_interface(address)
     if not args.standalone and "is_host" not in args.rdzv_conf:
         args.rdzv_conf = ",".join(filter(None, [args.rdzv_conf, f"is_host={int(is_own(host))}"]))
+
+
+def killed(error: ChildFailedError) -> str | None:
+    """One line if the first rank to fail was ended by a signal: it could not say so itself, and the others that wait
+    for it, within NCCL, do not know."""
+    rank, failure = error.get_first_failure()
+    if failure.exitcode >= 0:
+        return None
+    name = signal.Signals(-failure.exitcode).name
+    return f"rank {rank} was ended by {name}" + (", most likely for want of memory" if name == "SIGKILL" else "")
 
 
 def first_of_last_attempt(said: str, otherwise: int) -> int:

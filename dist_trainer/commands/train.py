@@ -69,7 +69,7 @@ def train_run(config: TrainConfig, stem: str, world: World, terminal: Terminal) 
                 prepared, config=config, world=world, terminal=terminal, stop=stop, resume_after=resume_after
             )
             end.trains(run)
-            return _train(run, end)
+            return _train(run, end, stop)
         except RollBack as back:
             resume_after = back.step
         except Exception as error:
@@ -88,12 +88,17 @@ def train_run(config: TrainConfig, stem: str, world: World, terminal: Terminal) 
         terminal.say(f"step {resume_after}: the gradient was not finite: rolled back; continuing after this step")
 
 
-def _train(run: Run, end: End) -> Outcome:
+def _train(run: Run, end: End, stop: StopRequest) -> Outcome:
     """Train, and finish the run."""
     folder, hung = run.record.folder, partial(end.record_on_main, "fault")
+
+    def asked() -> tuple[str, float] | None:
+        return None if run.sums.stop else stop.heard
+
+    stacks = folder.path / "stacks"
     with (
         naming_operations(),
-        watched(run.config.run.timeout, run.world.rank, lambda: f"step {end.step}", folder.path / "stacks", hung),
+        watched(run.config.run.timeout, run.world.rank, lambda: f"step {end.step}", stacks, hung, asked),
     ):
         stopped_by = train(run)
         return Outcome(folder, finish_run(run, "stopped" if stopped_by else "done", stopped_by), stopped_by)

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dist_trainer.errors import EXIT_STATUS, first_line
@@ -25,8 +25,8 @@ SECOND_AFTER_S = 2.0
 """A signal this long after the first is a second one: torchrun and Slurm each deliver the first, in milliseconds."""
 
 
-def launched_by_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
+def launched_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
+    return "TORCHELASTIC_RUN_ID" in environ
 
 
 def status_of_rank(status: int, *, alone: bool = False) -> int:
@@ -56,7 +56,9 @@ def nccl_fault(error: Exception) -> str | None:
     """One line if `error` is a failure of NCCL on this rank: the collective, and NCCL's reason."""
     if not isinstance(error, RuntimeError) or "NCCL" not in str(error):
         return None
-    return f"NCCL failed{_during(error)}: {_reason(error)}"
+    shared = "Duplicate GPU" in str(error)
+    advice = "; each rank needs a GPU of its own: start fewer per host, or srun --gpus-per-task=1" if shared else ""
+    return f"NCCL failed{_during(error)}: {_reason(error)}{advice}"
 
 
 def _during(error: Exception) -> str:
@@ -97,6 +99,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self.heard: tuple[str, float] | None = None
+        """(the first signal, time.monotonic() when it came), also while this process waits inside a library."""
         if threading.current_thread() is threading.main_thread():
             for name in STOP_SIGNALS:
                 if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup means it
@@ -109,16 +113,14 @@ class StopRequest:
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self._wait_for_second, args=(reader, end), daemon=True, name="second signal").start()
 
-    @staticmethod
-    def _wait_for_second(reader: int, end: Callable[[], None]) -> None:
+    def _wait_for_second(self, reader: int, end: Callable[[], None]) -> None:
         numbers = {signal.Signals[name].value for name in STOP_SIGNALS}
-        first: float | None = None
         while number := os.read(reader, 1):
             if number[0] not in numbers:
                 continue
-            if first is None:
-                first = time.monotonic()
-            elif time.monotonic() - first >= SECOND_AFTER_S:
+            if self.heard is None:
+                self.heard = signal.Signals(number[0]).name, time.monotonic()
+            elif time.monotonic() - self.heard[1] >= SECOND_AFTER_S:
                 end()
 
     def _remember(self, number: int, frame: object) -> None:

@@ -1,6 +1,9 @@
 """A rank that hangs reports where, and ends. Nothing else would tell which of a thousand ranks it was.
 
 Code that makes progress calls `beat`: streams at every batch, and long work on rank 0.
+
+A rank that waits for its device, which waits for a rank that is gone, hears no signal: it only sets a flag. So a stop
+that no progress follows ends the rank hard, before torchrun and Slurm, which wait 30 s, would kill it without a word.
 """
 
 import contextlib
@@ -8,9 +11,15 @@ import faulthandler
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dist_trainer.distributed.processes import status_of_rank
+from dist_trainer.errors import EXIT_STATUS
+
+STOP_S = 20.0
+"""How long a rank that was asked to stop may go without progress."""
 _beats = threading.Event()
 
 
@@ -21,23 +30,41 @@ def beat() -> None:
 
 @contextlib.contextmanager
 def watched(
-    timeout_s: float, rank: int, where: Callable[[], str], folder: Path, record: Callable[[str], None]
+    timeout_s: float,
+    rank: int,
+    where: Callable[[], str],
+    folder: Path,
+    record: Callable[[str], None],
+    asked: Callable[[], tuple[str, float] | None] = lambda: None,
 ) -> Iterator[None]:
-    """End this process if there is no `beat` for `timeout_s` in this block, after writing the stacks of its threads to
-    `folder`/rank-R.txt.
+    """End this process if there is no `beat` for `timeout_s` in this block, or for STOP_S after it was asked to stop.
+    Before that, write the stacks of its threads to `folder`/rank-R.txt.
 
-    `where()` describes the current activity; `record` is called with a line that says so.
+    `where()` describes the current activity; `record` is called with a line that says so. `asked()`: (signal,
+    time.monotonic() when it came), until all ranks know of it and save, which may take longer.
     """
     through = threading.Event()
 
     def run() -> None:
+        last = time.monotonic()
         while not through.wait(min(1.0, timeout_s / 8)):
-            _beats.clear()
-            if not _beats.wait(timeout_s) and not through.is_set():
-                line = f"[rank {rank}] {where()}: no progress for {timeout_s:g} s (run.timeout); ended"
-                _report_hang(line, rank, folder)
-                record(line)
-                os._exit(1)
+            now, stop = time.monotonic(), asked()
+            if _beats.is_set():
+                _beats.clear()
+                last = now
+            if now - last > timeout_s:
+                why = f"no progress for {timeout_s:g} s (run.timeout); ended"
+            elif stop is not None and now - max(last, stop[1]) > STOP_S:
+                why = (
+                    f"{stop[0]}, and no progress for {STOP_S:g} s, as when another rank is gone: ended; the last "
+                    "checkpoint is whole"
+                )
+            else:
+                continue
+            line = f"[rank {rank}] {where()}: {why}"
+            _report_hang(line, rank, folder)
+            record(line)
+            os._exit(status_of_rank(EXIT_STATUS["fault"], alone=True))
 
     threading.Thread(target=run, daemon=True, name="watchdog").start()
     try:

@@ -15,9 +15,9 @@ from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-define
 from torch.distributed.rendezvous import rendezvous
 
 from dist_trainer.distributed.cores import cores
+from dist_trainer.distributed.gpu import check_hidden, local_rank, own_gpu
 from dist_trainer.distributed.processes import die_with_parent, launched_by_torchrun
 from dist_trainer.distributed.slurm import is_task
-from dist_trainer.errors import LocalError
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class World:
     local_size: int
     device: torch.device
     host_group: Any = None
-    beat_s: float = 60.0
-    """Seconds between two signs of life of rank 0 during long work: well below the timeout of a collective."""
+    beat_s: float = 5.0
+    """Seconds between two signs of life of rank 0 during long work: well below the timeout of a collective, and below
+    the time that a rank has to stop (watchdog.py)."""
 
     @property
     def is_main(self) -> bool:
@@ -62,23 +63,16 @@ def init_world(timeout_s: float = 660.0) -> World:
 
     Collectives wait `timeout_s`.
 
-    NCCL if there are CUDA devices, else gloo. Host data (JSON) always use gloo.
+    NCCL if there are CUDA devices, else gloo. Host data (JSON) always use gloo. Raises LocalError for a rank without a
+    GPU where there are some or should be.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    local_device = local_rank
     if torch.cuda.is_available():
-        if is_task() and torch.cuda.device_count() == 1:
-            local_device = 0  # Slurm shows each task its own GPU
-        if local_device >= torch.cuda.device_count():
-            raise LocalError(
-                f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}. "
-                f"Paste: torchrun --nproc-per-node {torch.cuda.device_count()}"
-            )
-        device, backend = torch.device("cuda", local_device), "nccl"
+        device, backend = torch.device("cuda", own_gpu(torch.cuda.device_count())), "nccl"
         torch.cuda.set_device(device)
     else:
+        check_hidden()
         device, backend = torch.device("cpu"), "gloo"
         keep_freed_memory()
     timeout = datetime.timedelta(seconds=timeout_s)
@@ -93,7 +87,7 @@ def init_world(timeout_s: float = 660.0) -> World:
             store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
     elif "MASTER_ADDR" in os.environ and size > 1:
-        if rank == 0 or (local_rank == 0 and not is_task()):
+        if rank == 0 or (local_rank() == 0 and not is_task()):
             where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
             source = "Slurm's step has them" if is_task() else "WORLD_SIZE and MASTER_ADDR in the environment say"
             print(f"waiting for {size} ranks at {where}, as {source}", file=sys.stderr, flush=True)
@@ -102,7 +96,7 @@ def init_world(timeout_s: float = 660.0) -> World:
         rank, size = 0, 1
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id)
     host_group = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else None
-    return World(rank, size, local_rank, local_size, device, host_group, min(60.0, timeout_s / 8))
+    return World(rank, size, local_rank(), local_size, device, host_group, min(5.0, timeout_s / 8))
 
 
 def shutdown_world() -> None:

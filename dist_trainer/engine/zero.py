@@ -45,7 +45,9 @@ def _initialize(
     """DeepSpeed's engine around `model`, which stands on its device."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed asks for it even without a launcher
+    # DeepSpeed asks for it even without a launcher, and takes it for the number of this rank's GPU, which it is not
+    # where a launcher shows each task its own.
+    os.environ["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", "0") if device.index is None else str(device.index)
     from dist_trainer.engine.deepspeed import initialize
 
     return initialize(model, optimizer, deepspeed_config(config, plan), device)

@@ -104,6 +104,10 @@ LOCAL = f"""{PLACE}, unhandled cuda error, NCCL version 2.21.5
 ncclUnhandledCudaError: Call to CUDA function failed.
 Last error:
 Cuda failure 'out of memory'"""
+SHARED = f"""{PLACE}, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.21.5
+ncclInvalidUsage: This usually reflects invalid usage of NCCL library.
+Last error:
+Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 7000"""
 TIMEOUT = (
     "[Rank 6] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=880, OpType=BROADCAST, NumelIn=112, "
     "NumelOut=112, Timeout(ms)=660000) ran for 660011 milliseconds before timing out."
@@ -128,6 +132,11 @@ def all_reduce(text: str) -> None:
             "typically caused by a remote worker crashing. Check the logs.",
             "lost contact with another rank, which failed or was ended in all_reduce: Read error [192.0.2.2]:21389: ",
             "Connection reset by peer",
+        ),
+        (
+            SHARED,
+            "NCCL failed in all_reduce: ncclInvalidUsage: ",
+            "on CUDA device 7000; each rank needs a GPU of its own: start fewer per host, or srun --gpus-per-task=1",
         ),
         (TIMEOUT, "lost contact with another rank, which failed or was ended in BROADCAST: [Rank 6] ", "timing out."),
     ],

@@ -329,6 +329,16 @@ def test_a_wrong_argument_of_the_agent_is_one_line() -> None:
     assert (done.returncode, done.stderr) == (2, "dist-trainer: agent: Unsupported nproc_per_node value: many\n")
 
 
+def test_the_agent_names_a_rank_that_was_killed(tmp_path: Path) -> None:
+    """It could not say so itself, and those that wait for it within NCCL do not know. Mutation: say nothing."""
+    script = tmp_path / "script.py"
+    script.write_text("import os, time\nif os.environ['RANK'] == '1':\n    os.kill(os.getpid(), 9)\ntime.sleep(60)\n")
+    argv = [sys.executable, "-m", "dist_trainer", "agent", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "agent: rank 1 was ended by SIGKILL, most likely for want of memory"
+
+
 @pytest.mark.parametrize(
     ("said", "status"),
     [
