@@ -8,7 +8,8 @@ from typing import Any
 from dist_trainer.config.arguments import new_parser, parse_config, stem
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.index import ShardIndex
-from dist_trainer.distributed.world import alone, devices
+from dist_trainer.data.stream import num_workers
+from dist_trainer.distributed.world import World, alone, devices
 from dist_trainer.errors import UserError, nearest, plural
 from dist_trainer.log.console import Terminal
 from dist_trainer.models.pretrained import advised_rate, find_pretrained
@@ -16,6 +17,7 @@ from dist_trainer.plan import largest_world, num_slots
 from dist_trainer.run.advice import num_parameters, warnings
 from dist_trainer.run.blueprint import make_blueprint
 from dist_trainer.run.data import open_data
+from dist_trainer.run.hand_over import hand_over, in_words
 from dist_trainer.run.promise import promise
 from dist_trainer.run.start import choose_folder
 from dist_trainer.run.start_from import find_source
@@ -64,6 +66,7 @@ def plan_figures(
     """Figures by name; `stem` begins the names of run folders. Raises UserError for whatever `train` would refuse."""
     num_classes = 1000  # ImageNet's, where the data are not here
     world = gpus if gpus is not None else largest_world(config.batch, devices())
+    host = World(0, world, 0, min(world, devices()), alone().device)
     train: ShardIndex | int
     run = {}
     if num_samples is None:
@@ -75,6 +78,7 @@ def plan_figures(
         train = num_samples
     blueprint = make_blueprint(config, train, num_classes, world)
     plan, rate = blueprint.plan, blueprint.learning_rate
+    needs = hand_over(config, blueprint.model, blueprint.augment, train, num_workers(config.data, host))
     groups = blueprint.optimizer.param_groups
     fine_tuning = {}
     find_source(config)
@@ -105,6 +109,8 @@ def plan_figures(
         "lr_peak": rate.peak,
         "lr_last": rate(plan.total_steps - 1),
         "bits": promise(config),
+        "shared_bytes_per_rank": needs.shared if needs else None,
+        "pinned_bytes_per_rank": needs.pinned if needs else None,
         "warnings": warnings(config, blueprint, 0 if num_samples else num_classes),
     }
 
@@ -141,6 +147,12 @@ def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         f"{f['lr_last']:.3g} at the last"
         + (f"; {f['lr_scale_least']:.2g} of it in the first layer" if f["lr_scale_least"] < 1 else ""),
     }
+    if f["pinned_bytes_per_rank"] is not None:
+        shared = f"{in_words(f['shared_bytes_per_rank'])} of /dev/shm" if f["shared_bytes_per_rank"] else "no /dev/shm"
+        rows["host memory"] = (
+            f"per rank at most {shared}, with the loader processes of a host like this one; on a GPU "
+            f"{in_words(f['pinned_bytes_per_rank'])} pinned"
+        )
     if "lr_advised" in f:
         per_256 = f["lr_peak"] * 256 / f["global_batch"]
         rows["fine-tuning"] = (

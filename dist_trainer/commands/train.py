@@ -1,6 +1,7 @@
 """`train`: start or resume, train, roll back where that is configured, finish."""
 
 import contextlib
+import gc
 import os
 import sys
 from dataclasses import dataclass
@@ -86,6 +87,9 @@ def train_run(config: TrainConfig, stem: str, world: World, terminal: Terminal) 
                 "engine.clip_grad_norm; then start again"
             )
         terminal.say(f"step {resume_after}: the gradient was not finite: rolled back; continuing after this step")
+        del prepared, run
+        end.forgets()
+        gc.collect()  # two runs would not fit on a device that one fills
 
 
 def _train(run: Run, end: End, stop: StopRequest) -> Outcome:

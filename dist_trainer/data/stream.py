@@ -81,11 +81,11 @@ def _on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch
     if device.type == "cpu":
         yield from map(_checked, batches)
         return
-    side, ahead = torch.Stream(device), None
+    side, ahead = torch.cuda.Stream(device), None  # type: ignore[no-untyped-call]
     for batch in batches:
-        with side:
+        with torch.cuda.stream(side):
             copied = _checked(batch).to(device)
-            done = side.record_event()
+        done = side.record_event()
         if ahead is not None:
             yield _arrived(*ahead)
         ahead = copied, done
@@ -93,9 +93,9 @@ def _on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch
         yield _arrived(*ahead)
 
 
-def _arrived(batch: Batch, done: torch.Event) -> Batch:
+def _arrived(batch: Batch, done: torch.cuda.Event) -> Batch:
     """Make the compute stream wait for the copy, and keep the memory until that stream has used it."""
-    current = torch.accelerator.current_stream(batch.images.device)
+    current = torch.cuda.current_stream(batch.images.device)
     current.wait_event(done)
     for tensor in (batch.images, batch.labels, batch.weight):
         tensor.record_stream(current)

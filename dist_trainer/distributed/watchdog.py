@@ -66,11 +66,13 @@ def watched(
             record(line)
             os._exit(status_of_rank(EXIT_STATUS["fault"], alone=True))
 
-    threading.Thread(target=run, daemon=True, name="watchdog").start()
+    thread = threading.Thread(target=run, daemon=True, name="watchdog")
+    thread.start()
     try:
         yield
     finally:
         through.set()
+        thread.join()  # what it asks may keep a whole run in memory
 
 
 def _report_hang(line: str, rank: int, folder: Path) -> None:

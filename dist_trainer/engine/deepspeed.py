@@ -42,6 +42,19 @@ def no_inference_kernels() -> None:
     deepspeed.ops.__dict__["__compatible_ops__"] = {"deepspeed_shm_comm": False}
 
 
+def close(engine: Any, stage: int) -> None:
+    """End an engine, and drop its weights and all that belongs to them."""
+    engine.destroy()
+    if stage == 3:  # it remembers modules in two places that outlive every engine
+        from deepspeed.runtime.zero import parameter_offload
+
+        parameter_offload.FWD_MODULE_STACK.clear()
+        cached = parameter_offload.PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+        for each in (cached, *(cell.cell_contents for cell in cached.__closure__ or ())):
+            if hasattr(each, "cache_clear"):
+                each.cache_clear()
+
+
 def _relink(optimizer: Any, stage: int) -> None:
     """Link all parameters to their optimizer state. Stages 1 and 2 link only the first group's, after a step."""
     if stage in (1, 2):
@@ -126,18 +139,22 @@ def step_with_gradients(engine: Any) -> None:
 
 
 def get_optimizer_state(engine: Any, stage: int) -> State:
-    """{"momentum_buffer/conv.weight": tensor, ...}, full on every rank (collective). Empty before the first step."""
+    """{"momentum_buffer/conv.weight": tensor, ...} on rank 0, on the host (collective). Empty before the first step.
+
+    One parameter at a time: the whole of it would not fit on a device for which it was sharded.
+    """
     base, parts = base_optimizer(engine), partitions(engine, stage)
     values = encode(base.state.get(parts[0], {}), type(base).__name__)
     _relink(engine.optimizer, stage)
     state: State = {}
     for name, parameter in _trained(engine).items():
         for key, value in values.items():
+            whole = value  # a step counter, equal for all
             if value.dim():
                 whole = safe_get_full_optimizer_state(parameter, key)
-                state[f"{key}/{name}"] = whole.detach().reshape(getattr(parameter, "ds_shape", parameter.shape))
-            else:  # a step counter, equal for all
-                state[f"{key}/{name}"] = value
+                whole = whole.detach().reshape(getattr(parameter, "ds_shape", parameter.shape))
+            if dist.get_rank() == 0:
+                state[f"{key}/{name}"] = whole.cpu()
     return state
 
 

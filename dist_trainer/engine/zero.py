@@ -67,7 +67,9 @@ class ZeroStage0(TorchEngine):
         self._engine.step()
 
     def close(self) -> None:
-        self._engine.destroy()
+        from dist_trainer.engine.deepspeed import close
+
+        close(self._engine, 0)
 
 
 class ZeroEngine(Engine):
@@ -156,7 +158,9 @@ class ZeroEngine(Engine):
         )
 
     def close(self) -> None:
-        self._engine.destroy()
+        from dist_trainer.engine.deepspeed import close
+
+        close(self._engine, self.config.zero)
 
 
 class ExactZero(ZeroEngine):

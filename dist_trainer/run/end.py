@@ -33,6 +33,10 @@ class End:
     def trains(self, run: Run) -> None:
         self._run = run
 
+    def forgets(self) -> None:
+        """The run is over, and another one of the same folder begins."""
+        self._step, self._run = self.step, None
+
     @property
     def step(self) -> int:
         return self._step if self._run is None else self._run.progress.step

@@ -10,7 +10,7 @@ import torch
 
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.bad_samples import BadSampleLog
-from dist_trainer.data.stream import FixedSampleStream
+from dist_trainer.data.stream import FixedSampleStream, num_workers
 from dist_trainer.distributed.collectives import on_main
 from dist_trainer.distributed.processes import ATTEMPT, StopRequest
 from dist_trainer.distributed.world import World
@@ -29,6 +29,7 @@ from dist_trainer.run.began import how_it_goes_on
 from dist_trainer.run.blueprint import Blueprint, make_blueprint
 from dist_trainer.run.claim import Claim, claim_or_initialise
 from dist_trainer.run.data import RunData, Streams, open_data, open_streams
+from dist_trainer.run.hand_over import hand_over, shared_memory_note
 from dist_trainer.run.restore import Saved, load_model, restore
 from dist_trainer.run.start_from import load_optimizer
 from dist_trainer.run.state import Learner, Progress, Record, Run
@@ -65,9 +66,7 @@ def prepare_run(config: TrainConfig, *, stem: str, world: World, terminal: Termi
     if config.model.sync_bn:
         blueprint = replace(blueprint, model=synchronised(blueprint.model, world.device))
     streams = open_streams(config, data, blueprint.plan, blueprint.augment, world)
-    if note := precision_note(config.engine.precision, world.device):
-        terminal.say(f"warning: {note}")
-    for note in [*streams.notes, *(f"warning: {line}" for line in warnings(config, blueprint, data.num_classes))]:
+    for note in [*streams.notes, *notes_on(config, data, blueprint, world)]:
         terminal.say(note)
     identity_keys = identity(config.as_dict(), data.fingerprint)
     folder, similar = on_main(world, lambda: choose_folder(config.run, stem, identity_keys))
@@ -82,6 +81,17 @@ def prepare_run(config: TrainConfig, *, stem: str, world: World, terminal: Termi
         terminal=terminal,
     )
     return PreparedRun(data, blueprint, streams, claim, identity_keys)
+
+
+def notes_on(config: TrainConfig, data: RunData, blueprint: Blueprint, world: World) -> list[str]:
+    """Warnings of what is slow, or works against something else. Raises LocalError where /dev/shm is too small."""
+    needs = hand_over(config, blueprint.model, blueprint.augment, data.train, num_workers(config.data, world))
+    notes = [
+        precision_note(config.engine.precision, world.device),
+        shared_memory_note(needs, config, world),
+        *warnings(config, blueprint, data.num_classes),
+    ]
+    return [f"warning: {note}" for note in notes if note]
 
 
 def choose_folder(config: RunConfig, stem: str, identity_keys: Mapping[str, Any]) -> tuple[str, str]:

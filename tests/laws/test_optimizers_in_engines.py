@@ -50,6 +50,14 @@ def test_an_update_is_the_librarys_own(result: dict[str, dict[str, Any]], case: 
     assert result[case]["unmoved"] == ([*FROZEN, "bn1.num_batches_tracked"] if "frozen" in case else [])
 
 
+def test_a_save_never_holds_the_whole_state_of_a_sharded_optimizer() -> None:
+    """At ZeRO 1, 2 and 3 it comes to rank 0's host memory one parameter at a time, and stays nowhere else.
+
+    Mutation: keep it on every rank, which would need the memory that sharding saves.
+    """
+    run_ranks(2, "saved_state")
+
+
 @pytest.mark.parametrize("case", ALL)
 def test_a_run_goes_on_from_stage_to_stage_bit_for_bit(result: dict[str, dict[str, Any]], case: str) -> None:
     """A new engine after every step, at ZeRO 1, 3, 2, torch, 1, through files; and all steps at ZeRO 3.

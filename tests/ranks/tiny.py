@@ -3,8 +3,9 @@
 import os
 import random
 import threading
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,6 +37,18 @@ class SmoothNet(nn.Module):
         x = F.silu(self.bn1(self.conv1(x)))
         x = F.silu(self.bn2(self.conv2(x)))
         return self.fc(self.dropout(x.mean((2, 3))))  # type: ignore[no-any-return]
+
+
+class OneAtATime(SmoothNet):
+    """Cannot be made while another one exists, as on a device that one fills."""
+
+    alive: ClassVar[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.alive:
+            raise RuntimeError("the model before is still there")
+        self.alive.add(self)
 
 
 class NormKeeper(torch.optim.SGD):
