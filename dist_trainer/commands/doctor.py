@@ -73,7 +73,7 @@ def findings(config: TrainConfig, world: World) -> Iterator[Finding]:
     silent = Terminal(active=False)
     try:
         data = open_data(config, world, silent)
-        blueprint = make_blueprint(config, data.train, data.num_classes, world.size)
+        blueprint = make_blueprint(config, data.train, data.num_classes, world.size, on_gpu=world.device.type == "cuda")
         streams = open_streams(config, data, blueprint.plan, blueprint.augment, world)
     except UserError as error:
         yield Finding(False, str(error), stops=True)

@@ -168,7 +168,8 @@ def set_optimizer_state(engine: Any, stage: int, state: State, rank: int) -> Non
     on_device = any(group.get("fused") or group.get("capturable") for group in base.param_groups)  # torch's own rule
     for part in partitions(engine, stage):
         for kind, value in kinds.items():
-            key, counter = decode(kind, value.to(part.device) if on_device else value.clone())
+            # A copy for each partition, since each counts its own.
+            key, counter = decode(kind, value.to(part.device if on_device else "cpu", copy=True))
             base.state[part][key] = torch.zeros_like(part) if value.dim() else counter
     _relink(engine.optimizer, stage)
     for name, parameter in _trained(engine).items():

@@ -69,7 +69,9 @@ class Blueprint:
     """The step at which the moving average begins."""
 
 
-def make_blueprint(config: TrainConfig, train: ShardIndex | int, num_classes: int, world: int) -> Blueprint:
+def make_blueprint(
+    config: TrainConfig, train: ShardIndex | int, num_classes: int, world: int, *, on_gpu: bool = False
+) -> Blueprint:
     """For an index, or a number of training samples, on `world` ranks. Raises UserError for whatever cannot be."""
     check_timeouts(config)
     plan = plan_run(config, train, world)
@@ -82,7 +84,8 @@ def make_blueprint(config: TrainConfig, train: ShardIndex | int, num_classes: in
     sizes = image_sizes(config.augment, config.data, config.eval.crop, augment, train)
     model = checked_model(config.model, num_classes, config.run.seed, config.data.channels, sizes)
     side = shorter_side(config.augment, config.data, train)
-    optimizer = build_optimizer(config.optimizer, model, rate.peak, config.engine.zero)
+    fused = on_gpu and not config.engine.is_exact
+    optimizer = build_optimizer(config.optimizer, model, rate.peak, config.engine.zero, fused=fused)
     check_promise(config, optimizer)
     return Blueprint(
         plan=plan,

@@ -62,7 +62,8 @@ def prepare_run(config: TrainConfig, *, stem: str, world: World, terminal: Termi
     """
     set_numerics(config.run.deterministic or config.engine.is_exact, config.engine.cpu_threads)
     data = open_data(config, world, terminal)
-    blueprint = make_blueprint(config, data.train, data.num_classes, world.size)
+    on_gpu = world.device.type == "cuda"
+    blueprint = make_blueprint(config, data.train, data.num_classes, world.size, on_gpu=on_gpu)
     if config.model.sync_bn:
         blueprint = replace(blueprint, model=synchronised(blueprint.model, world.device))
     streams = open_streams(config, data, blueprint.plan, blueprint.augment, world)

@@ -24,7 +24,9 @@ class OptimizerConfig(Named):
     weights are cut into flat pieces there: mark a class of your own that is not with `layer_wise = True`."""
     args: dict[str, Any] = field(default_factory=dict)
     """The optimizer's own arguments, without lr and weight_decay. Defaults are the library's, but momentum is 0.9 for
-    sgd, sgdw and lars, and lamb clips by engine.clip_grad_norm alone."""
+    sgd, sgdw and lars, and lamb clips by engine.clip_grad_norm alone. On a GPU, sgd, adam and adamw update all weights
+    in one pass (torch's fused: true) unless args say otherwise; never with engine.sums: exact, as it rounds by an
+    element's place in memory."""
     weight_decay: float = 0.0
     """Coupled L2, added to the gradient, for sgd, rmsprop, rmsprop_tf, adam, adadelta, and for lars within its trust
     ratio. Decoupled for adamw and sgdw: a step also subtracts lr x weight_decay x weight; for lamb within its ratio."""
@@ -49,6 +51,10 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lamb": ("timm.optim:Lamb", {"max_grad_norm": None}),
 }
 """Where each is, and the arguments that it has here unless the config says otherwise."""
+
+FUSED = {"sgd", "adam", "adamw"}
+WAYS = {"fused", "foreach", "capturable", "differentiable"}
+"""Arguments of torch's optimizers that choose how they compute."""
 
 # Class names, in lower case, of what is known to use norms, means or matrices of a whole layer, or (Adan) to count its
 # steps per group, which ZeRO 3 steps one after another.
@@ -84,10 +90,13 @@ def param_groups(
     ]
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module, peak: float, zero: int) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: OptimizerConfig, model: nn.Module, peak: float, zero: int, *, fused: bool = False
+) -> torch.optim.Optimizer:
     """The optimizer, at the peak rate, which some keep; the loop writes the rate before every update.
 
-    Raises UserError for what cannot be built, and for what would be wrong at ZeRO stage `zero`.
+    `fused`: in one kernel, where torch has it and the config does not choose. Raises UserError for what cannot be
+    built, and for what would be wrong at ZeRO stage `zero`.
     """
     if not 0 <= config.weight_decay < math.inf:
         raise UserError(f"optimizer.weight_decay: {config.weight_decay} is not a decay; give 0 or more")
@@ -102,6 +111,8 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, peak: float, zero
         raise UserError(f"optimizer.args.{owned}: is set by {owners[owned]}; remove it")
     groups = param_groups(model, config.weight_decay, config.no_decay, config.layer_decay)
     args = {**defaults, **config.args}
+    if fused and config.name in FUSED and not WAYS & args.keys():
+        args["fused"] = True
     check_args("optimizer", config.name, target, args, groups, lr=peak)
     try:
         optimizer: torch.optim.Optimizer = target(groups, lr=peak, **args)

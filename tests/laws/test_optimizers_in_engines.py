@@ -50,6 +50,16 @@ def test_an_update_is_the_librarys_own(result: dict[str, dict[str, Any]], case: 
     assert result[case]["unmoved"] == ([*FROZEN, "bn1.num_batches_tracked"] if "frozen" in case else [])
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_a_fused_update_is_the_same_up_to_rounding(result: dict[str, dict[str, Any]], name: str) -> None:
+    """What a GPU gets by default, on the CPU: against the library's plain loop, and going from stage to stage, where an
+    element's place in memory decides how it is rounded. Mutation: nesterov or a decay that the fused way would lose.
+    """
+    case = result[f"{name} fused"]
+    assert case["kept as"] == ELEMENT_WISE[name] and case["peer"] < TOLERANCE
+    assert all(difference < TOLERANCE for way in case["others"].values() for difference in way.values())
+
+
 def test_a_save_never_holds_the_whole_state_of_a_sharded_optimizer() -> None:
     """At ZeRO 1, 2 and 3 it comes to rank 0's host memory one parameter at a time, and stays nowhere else.
 

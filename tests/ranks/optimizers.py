@@ -111,15 +111,18 @@ def batch_of(step: int, slot: int) -> Batch:
 class Case:
     """One optimizer with its settings, to be run in any engine."""
 
-    def __init__(self, world: World, config: OptimizerConfig, rate: float, frozen: list[str]) -> None:
-        self.world, self.config, self.rate, self.frozen = world, config, rate, frozen
+    def __init__(
+        self, world: World, config: OptimizerConfig, rate: float, frozen: list[str], fused: bool = False
+    ) -> None:
+        self.world, self.config, self.rate, self.frozen, self.fused = world, config, rate, frozen, fused
         batch = BatchConfig(global_batch=SLOTS * MICRO, micro_batch=MICRO)
         duration = Duration.parse(f"{STEPS}step", "duration")
         self.plan = make_plan(batch, duration, world=world.size, num_samples=10_000)
 
     def engine(self, way: str, model: nn.Module) -> Engine:
         zero = 0 if way == "torch" else int(way[-1])
-        optimizer = build_optimizer(self.config, model, self.rate, zero)
+        optimizer = build_optimizer(self.config, model, self.rate, zero, fused=self.fused)
+        assert self.fused == bool(optimizer.param_groups[0].get("fused"))
         config = EngineConfig(backend="torch" if way == "torch" else "deepspeed", zero=zero, precision="fp32")  # type: ignore[arg-type]
         preprocess = Preprocess(mean=[0.5], std=[0.3], channels_last=True)
         mixing = Mixing(MixingConfig(), self.plan, 0, None)
@@ -225,10 +228,12 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], kind: str) 
     return max(float((x - y).abs().max() / x.abs().max().clamp(min=1e-12)) for x, y in pairs)
 
 
-def run(world: World, name: str, layer_decay: float, frozen: list[str], folder: Path) -> dict[str, Any]:
+def run(
+    world: World, name: str, layer_decay: float, frozen: list[str], folder: Path, fused: bool = False
+) -> dict[str, Any]:
     args, rate, build = {**ELEMENT_WISE, **LAYER_WISE}[name]
     config = OptimizerConfig(name=name, args=args, weight_decay=DECAY, layer_decay=layer_decay)
-    case = Case(world, config, rate, frozen)
+    case = Case(world, config, rate, frozen, fused)
     if name in LAYER_WISE:
         ways, chain = [], ["zero0", "torch", "zero0", "torch", "torch"]
     else:
@@ -260,6 +265,8 @@ def main(world: World, argv: list[str]) -> None:
     for name, layer_decay, frozen in cases:
         label = name + (" layers" if layer_decay != 1.0 else "") + (" frozen" if frozen else "")
         result[label] = run(world, name, layer_decay, frozen, out.parent)
+    for name in ("sgd", "adam", "adamw"):
+        result[f"{name} fused"] = run(world, name, 1.0, [], out.parent, fused=True)
     for name, way in (
         ("tiny:NormKeeper", "torch"),
         ("tiny:NormKeeper", "zero1"),

@@ -119,7 +119,8 @@ def test_pinned_memory_comes_in_powers_of_two() -> None:
     assert figures["shared_bytes_per_rank"] == 11 * 2 * 256 * 3 * 224 * 224
     rows, _ = plan_rows(figures)
     assert (
-        rows["host memory"].startswith("per rank at most 848 MB of /dev/shm") and "1.6 GB pinned" in rows["host memory"]
+        rows["host memory"].startswith("per rank at most 848 MB of /dev/shm")
+        and "1.61 GB pinned" in rows["host memory"]
     )
     averaged = plan_figures(
         config_of(*argv, *sizes, "--ema.decay=0.9", "--ema.device=cpu"), "x", gpus=1, num_samples=1_281_167

@@ -10,9 +10,11 @@ from helpers import message
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
+from dist_trainer.config.arguments import new_parser, parse_config
 from dist_trainer.engine.base import EngineConfig
 from dist_trainer.errors import UserError
 from dist_trainer.models.small_resnet import SmallResNet
+from dist_trainer.run.blueprint import make_blueprint
 from dist_trainer.tricks.layer_decay import layers_by_structure, layers_of
 from dist_trainer.tricks.no_decay import is_norm
 from dist_trainer.tricks.optimizers import OptimizerConfig, param_groups
@@ -237,6 +239,29 @@ def test_optimizers_are_built_by_name_and_by_path() -> None:
     assert type(adamw) is torch.optim.AdamW
     assert [(g["lr"], g["weight_decay"], g["momentum"]) for g in sgd.param_groups] == [(0.1, 0.3, 0.8), (0.1, 0, 0.8)]
     assert [tuple(g["betas"]) for g in adamw.param_groups] == [(0.8, 0.9)] * 2
+
+
+def test_a_gpu_gets_fused_updates_where_torch_has_them_and_nobody_chose() -> None:
+    """Mutations: fuse what has no such kernel; overrule the config."""
+
+    def fused(name: str, **args: Any) -> bool:
+        config = OptimizerConfig(name=name, args=args, weight_decay=0.01)
+        built = build_optimizer_at(config, nn.Linear(2, 2), 0.1, 0, fused=True)
+        return bool(built.param_groups[0].get("fused"))
+
+    names = ("sgd", "sgdw", "rmsprop", "rmsprop_tf", "adam", "adamw", "adadelta", "lars", "lamb")
+    assert [name for name in names if fused(name)] == ["sgd", "adam", "adamw"]
+    assert not fused("sgd", fused=False) and not fused("adam", foreach=True) and not fused("adamw", capturable=True)
+
+
+def test_exact_sums_are_never_fused() -> None:
+    """It would round by an element's place in memory, which the number of ranks decides at ZeRO 1. Mutation: fuse."""
+    argv = ["--model.name=small_resnet", "--data.train=x", "--data.val=x", "--data.channels=1", "--lr.peak=0.1"]
+    for sums, fused in (("fast", True), ("exact", None)):
+        config, _ = parse_config(new_parser("plan", ""), [*argv, "--duration=9step", f"--engine.sums={sums}"])
+        for on_gpu in (False, True):
+            optimizer = make_blueprint(config, 10_000, 10, 1, on_gpu=on_gpu).optimizer
+            assert optimizer.param_groups[0]["fused"] == (fused if on_gpu else None)
 
 
 @pytest.mark.parametrize(
