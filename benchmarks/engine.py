@@ -101,7 +101,7 @@ def relative_error(name: str, world: Any, sums: str) -> float:
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         labels = torch.randint(0, 10, (plan.micro_batch,), generator=generator)
         ones = torch.ones(plan.micro_batch)
-        logits = engine.module(engine._prepare(images))
+        logits = engine.module(engine._prepare(images, torch.float32))
         loss = F.cross_entropy(logits, labels.to(world.device), label_smoothing=0.1, reduction="sum")
         for total, gradient in zip(
             true, torch.autograd.grad(loss / plan.global_batch, engine._parameters), strict=True

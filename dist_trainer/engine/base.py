@@ -116,6 +116,8 @@ class Engine(Inference):
         self.plan, self.config = plan, config
         self.grad_norm: torch.Tensor = torch.zeros(())
         self._loss, self._mixing, self._seed = loss, mixing, seed
+        # Images are mixed before they are rounded; one type for a whole run, since another one compiles anew.
+        self._input_type = torch.float32 if mixing.is_on else self._compute
         on_gpu = self._device.type == "cuda"
         self._generator: torch.Generator = (
             torch.cuda.default_generators[self._device.index] if on_gpu else torch.default_generator
@@ -178,7 +180,7 @@ class Engine(Inference):
         # Dropout and the like draw the same numbers for a slot on whichever rank it runs.
         self._generator.manual_seed(key(FORWARD, self._seed, address.step, address.slot))
         mix = self._mixing.draw(address.step, address.slot, batch.images.shape)
-        logits = self._forward(mix.images(self._prepare(batch.images))).float()
+        logits = self._forward(mix.images(self._prepare(batch.images, self._input_type))).float()
         labels = batch.labels.to(self._device, non_blocking=True)
         weight = batch.weight.to(self._device, non_blocking=True)
         total = weighted_sum(self._loss, logits, labels, weight, mix)

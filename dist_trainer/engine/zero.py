@@ -15,6 +15,9 @@ from dist_trainer.engine.optimizer_state import check_element_wise, settings
 from dist_trainer.plan import Plan
 from dist_trainer.tensors import State
 
+REDUCE_BUCKET = 25 * 2**18
+"""Elements that DeepSpeed reduces together: 25 MiB of float32, as in DDP. Its buffers are as large."""
+
 
 def deepspeed_config(config: EngineConfig, plan: Plan) -> dict[str, Any]:
     """Every key of DeepSpeed's config. Users pass no raw JSON.
@@ -23,6 +26,9 @@ def deepspeed_config(config: EngineConfig, plan: Plan) -> dict[str, Any]:
     micro-batch by micro-batch, so DeepSpeed's own count is 1. The empty list of lower-precision modules keeps gradients
     from being reduced in bf16. The throughput timer would wait for the device twice a step. ZeroStage0 clips, checks
     and computes under autocast by itself, without another collective; so does ExactZero.
+
+    `overlap_comm` stays off at stages 1 and 2, as it is by default: it read buckets before all streams had filled them
+    (DeepSpeed #5545, which is open; NaN in #8061, mended in 2026), and only several GPUs could show that it is right.
     """
     own_clip = config.zero and not config.is_exact
     values: dict[str, Any] = {
@@ -32,7 +38,7 @@ def deepspeed_config(config: EngineConfig, plan: Plan) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},
-        "zero_optimization": {"stage": config.zero, "reduce_bucket_size": 50_000_000},
+        "zero_optimization": {"stage": config.zero, "reduce_bucket_size": REDUCE_BUCKET},
     }
     if config.precision == "bf16":
         values["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}

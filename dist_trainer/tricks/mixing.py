@@ -87,10 +87,15 @@ class Mixing:
             raise UserError(f"mixing.off_last: {config.off_last} is the whole run of {plan.total_steps} steps")
         self._config, self._seed = config, seed
 
+    @property
+    def is_on(self) -> bool:
+        """Whether any micro-batch may be mixed."""
+        return bool(self._config.mixup or self._config.cutmix)
+
     def draw(self, step: int, slot: int, shape: Sequence[int]) -> Mix:
         """How slot `slot` of step `step` is mixed; `shape` is that of its images, [m, C, H, W]."""
         config, (size, _, height, width) = self._config, shape
-        if step >= self.num_steps or not (config.mixup or config.cutmix):
+        if step >= self.num_steps or not self.is_on:
             return Mix()
         # RandomState and Philox are what NumPy promises never to change.
         random = np.random.RandomState(np.random.Philox(key=key(MIX, self._seed, step, slot)))

@@ -42,4 +42,25 @@ def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
     from timm.layers import convert_sync_batchnorm
 
     converted: nn.Module = convert_sync_batchnorm(model)
+    for layer in converted.modules():
+        if isinstance(layer, nn.SyncBatchNorm):
+            layer.register_forward_pre_hook(_leave_out_the_mask)
+            layer.register_forward_hook(_as_before, always_call=True)
     return converted
+
+
+# torch's SyncBatchNorm leaves out the statistics of ranks whose input is empty, by a mask whose number of entries the
+# host must know: a wait for the device per layer. Here no input is empty. While a CUDA graph is captured, which allows
+# no wait, torch does without the mask.
+
+_asked = torch.cuda.is_current_stream_capturing
+
+
+def _leave_out_the_mask(layer: nn.Module, inputs: object) -> None:
+    if not torch.compiler.is_compiling():
+        torch.cuda.is_current_stream_capturing = lambda: True
+
+
+def _as_before(layer: nn.Module, inputs: object, output: object) -> None:
+    if not torch.compiler.is_compiling():
+        torch.cuda.is_current_stream_capturing = _asked

@@ -60,6 +60,11 @@ def test_a_fused_update_is_the_same_up_to_rounding(result: dict[str, dict[str, A
     assert all(difference < TOLERANCE for way in case["others"].values() for difference in way.values())
 
 
+def test_small_buckets_change_no_bit() -> None:
+    """ZeRO 1 and 2, gradients over two micro-batches per rank. Mutation: count what one bucket needs as many."""
+    run_ranks(2, "buckets")
+
+
 def test_a_save_never_holds_the_whole_state_of_a_sharded_optimizer() -> None:
     """At ZeRO 1, 2 and 3 it comes to rank 0's host memory one parameter at a time, and stays nowhere else.
 

@@ -258,7 +258,7 @@ def test_deepspeed_is_told_exactly_this() -> None:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
         "timers": {"throughput": {"enabled": False}},
-        "zero_optimization": {"stage": 0, "reduce_bucket_size": 50_000_000},
+        "zero_optimization": {"stage": 0, "reduce_bucket_size": 6_553_600},
         "torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []},
     }
     assert deepspeed_config(EngineConfig(zero=2, precision="fp32", clip_grad_norm=2.0), plan) == {
@@ -268,5 +268,5 @@ def test_deepspeed_is_told_exactly_this() -> None:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
         "timers": {"throughput": {"enabled": False}},
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000_000},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 6_553_600},
     }

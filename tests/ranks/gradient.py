@@ -30,7 +30,7 @@ def loss_by_hand(run: Run, weights: State, batch: Batch) -> torch.Tensor:
     mix = run.learner.engine._mixing.draw(address.step, address.slot, batch.images.shape)
     smoothing, size = run.config.loss.label_smoothing, len(batch.labels)
     partner = [(i - mix.shift) % size for i in range(size)]
-    images = run.learner.engine._prepare(batch.images)
+    images = run.learner.engine._prepare(batch.images, torch.float32)
     keep: torch.Tensor | float = mix.share
     if mix.box is not None:
         keep = torch.ones_like(images)
