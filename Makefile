@@ -1,5 +1,6 @@
 # make demo    install, prepare Fashion-MNIST, train on it with as many ranks as this machine has devices (2 at most)
 # make same-bits    one config on 1, 2, 3 and 4 ranks: the digests of its weights
+# make gpu    on a machine with a GPU: is everything right there, and how fast; installs nothing, needs torch 2.6
 # make test    install what tests need, lint, types, tests (12 minutes at most);  make test-slow: the long proofs
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -19,7 +20,7 @@ if ! echo '#include <stdio.h>\n#include <jpeglib.h>' | sed 's/\\n/\n/' | cc -E -
   else echo "region decode of JPEGs will not be built: no C compiler or no jpeglib.h (Debian: gcc libjpeg-dev)"; fi; fi
 endef
 
-.PHONY: install test-needs demo same-bits test test-slow lint data
+.PHONY: install test-needs demo same-bits gpu test test-slow lint data
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -70,6 +71,10 @@ endif
 same-bits: install data
 	@$(BIN)/python benchmarks/same_bits.py --quick
 
+# With the environment of `make install` where there is one, else with the Python that has torch.
+gpu:
+	@python=$(BIN)/python; [ -x $$python ] || python=$(PYTHON); PYTHONPATH=. $$python benchmarks/gpu.py $(GPU)
+
 lint: test-needs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,6 +88,7 @@ define PYTEST
 endef
 
 test: lint data
+	$(BIN)/pytest -q --no-header --durations=0 -rs -m cuda tests/gpu
 	$(call PYTEST,)
 
 test-slow: test-needs data

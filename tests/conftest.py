@@ -1,9 +1,17 @@
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
+# Several ranks of a test would want a GPU each, and NCCL: on a machine with GPUs they are hidden from all tests but
+# those that are for one (pytest -m cuda), and from the ranks that tests start, which inherit this.
+if "cuda" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 from helpers import index_of, members_of, sample_members, write_tar
 from nodes import COUNTS, RETRY, Node
 from running import FASHION, POOLS

@@ -18,6 +18,12 @@ SCRIPTS = {
     "augment": ["crop, decoded and resized", "autoaugment", "grid_mask"],
     "averaging": ["EMA, ZeRO 0, against timm's ModelEmaV3", "EMA, ZeRO 3", "PreciseBN, against fvcore"],
     "engine": ["demo, bf16, ours, DDP", "demo, bf16, ours, ZeRO 3", "resnet18_64px, bf16, exact, ZeRO 2"],
+    "gpu": [
+        "checkpoints across ZeRO stages",
+        "batch 4, ours, ZeRO 3",
+        "batch 4, ours, DDP, compiled",
+        "evaluation; save",
+    ],
     "loader": ["uint8 against webdataset", "float32 against timm wds", "resume at 99%", "2 workers", "crc32"],
     "noisy_batch_norm": ["EMA, BN re-estimated", "average of the 3 best"],
     "order": ["200 k, window, 4096 ranks", "200 k, balanced", "index of 200 k, saved"],
@@ -25,7 +31,8 @@ SCRIPTS = {
     "same_bits": ["the same bits on 1, 2, 3, 4 ranks"],
     "tricks": ["base", "Mixup and CutMix, not at the end", "gradient checkpointing"],
 }
-SHARED = {"few", "machine", "ours", "parts", "peers", "photographs"}
+MORE = {"gpu": ["--device", "cpu"]}
+SHARED = {"few", "gpu_checks", "gpu_speed", "machine", "ours", "parts", "peers", "photographs", "steps"}
 
 
 def test_every_benchmark_is_known_here() -> None:
@@ -37,7 +44,7 @@ def test_every_benchmark_is_known_here() -> None:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_side_of_a_benchmark_runs(name: str, whole_fashion: list[str]) -> None:
     """With --smoke: on little data, without figures. Fails when a side no longer fits the product or its peer."""
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--smoke"]
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--smoke", *MORE.get(name, [])]
     environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -9,10 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.shardlists import expand_urls
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from dist_trainer.data.augment import Augment, crop_boxes
 from dist_trainer.data.batch import Batch, SlotAddress
@@ -45,6 +42,8 @@ class TarStream(IterableDataset[Batch]):
         self, config: DataConfig, num_classes: int, augment: Augment, batch: int, seed: int, rank: int, world: int
     ) -> None:
         """Raises UserError for a location that names nothing."""
+        from webdataset.shardlists import expand_urls  # only if there is a stream
+
         self._config, self._num_classes, self._augment = config, num_classes, augment
         self._batch, self._seed = batch, seed
         self._rank, self._world = rank, world
@@ -72,6 +71,9 @@ class TarStream(IterableDataset[Batch]):
 
     def _samples(self, reader: int, readers: int, start: int) -> Iterator[tuple[torch.Tensor, int]]:
         """(uint8 [C, H, W], class) of every sample that decodes."""
+        import webdataset
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
         shuffled = webdataset.shuffle(
             _SHUFFLE, initial=_SHUFFLE // 4, rng=random.Random(key(STREAM, self._seed, start, reader))
         )

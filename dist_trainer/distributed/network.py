@@ -6,8 +6,6 @@ import os
 import socket
 from collections.abc import MutableMapping
 
-import psutil
-
 ELSEWHERE = "203.0.113.1"
 """An address of no host (RFC 5737): the route to it is the default one."""
 
@@ -56,6 +54,8 @@ def use_interface(address: str, environ: MutableMapping[str, str] = os.environ) 
 
 def interface_of(address: str) -> str | None:
     """The name of the interface with this address of this host, such as eth0."""
+    import psutil  # only to launch
+
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == address for entry in entries):
             return str(name)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from braceexpand import braceexpand
-
 from dist_trainer.data.index import FILE_NAME
 from dist_trainer.errors import UserError
 from dist_trainer.shards.build import ShardSet
@@ -56,6 +54,8 @@ def locate(locations: Sequence[str], storage: Storage) -> DataPlace:
 
 
 def _expand(pattern: str) -> list[str]:
+    from braceexpand import braceexpand  # only for several tars
+
     try:
         return list(braceexpand(pattern if is_remote(pattern) else os.path.expanduser(pattern)))  # noqa: PTH111
     except ValueError:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from running import ENVIRONMENT
 
 from dist_trainer.distributed.gpu import check_hidden, local_rank, own_gpu
 from dist_trainer.engine import deepspeed, zero
@@ -65,6 +66,12 @@ def test_a_gpu_that_torch_does_not_find_is_not_replaced_by_the_cpu() -> None:
         check_hidden({"CUDA_VISIBLE_DEVICES": "0,1"})
     assert str(caught.value).startswith("CUDA_VISIBLE_DEVICES=0,1, and torch ")
     assert "finds no GPU: look what nvidia-smi says; CUDA_VISIBLE_DEVICES='' trains on the CPU" in str(caught.value)
+
+
+def test_these_tests_see_no_gpu_even_where_there_is_one() -> None:
+    """Nor do the ranks that they start. Mutation: leave out the line in conftest.py."""
+    assert ENVIRONMENT["CUDA_VISIBLE_DEVICES"] == ""
+    assert not torch.cuda.is_available()
 
 
 @pytest.mark.parametrize(("device", "number"), [("cuda:0", "0"), ("cuda:2", "2"), ("cpu", "3")])
