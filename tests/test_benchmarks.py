@@ -78,7 +78,7 @@ def options_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 def check(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Raises AssertionError for a command whose file, sub-command, target or option does not exist."""
-    words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+    words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=.*", word)]
     if words[0] in ("taskset", "torchrun"):
         start = next(n for n, word in enumerate(words) if word in ("python", "-m") or word.endswith(".py"))
         words = words[start:] if words[start] == "python" else ["python", *words[start:]]
@@ -104,7 +104,8 @@ def check(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert (ROOT / program).is_file()
         assert rest[0] in COMMANDS
     elif program == "pytest":
-        assert all(word.startswith("-") or (ROOT / word).exists() for word in rest), rest
+        names = [word for before, word in zip(["", *rest], rest, strict=False) if before != "-m"]
+        assert all(word.startswith("-") or (ROOT / word).exists() for word in names), rest
     else:
         assert program in ("pip", "sbatch"), f"what is {program}?"
 
