@@ -19,7 +19,7 @@ from dist_trainer.distributed.processes import status_of_rank
 from dist_trainer.errors import EXIT_STATUS
 
 STOP_S = 20.0
-"""How long a rank that was asked to stop may go without progress."""
+"""How long a rank that was asked to stop may go without progress, or twice as long as it took last, if that is more."""
 _beats = threading.Event()
 
 
@@ -46,17 +46,18 @@ def watched(
     through = threading.Event()
 
     def run() -> None:
-        last = time.monotonic()
+        last, took = time.monotonic(), 0.0
         while not through.wait(min(1.0, timeout_s / 8)):
             now, stop = time.monotonic(), asked()
             if _beats.is_set():
                 _beats.clear()
-                last = now
+                last, took = now, now - last
+            patience = max(STOP_S, 2 * took)
             if now - last > timeout_s:
                 why = f"no progress for {timeout_s:g} s (run.timeout); ended"
-            elif stop is not None and now - max(last, stop[1]) > STOP_S:
+            elif stop is not None and now - max(last, stop[1]) > patience:
                 why = (
-                    f"{stop[0]}, and no progress for {STOP_S:g} s, as when another rank is gone: ended; the last "
+                    f"{stop[0]}, and no progress for {patience:.0f} s, as when another rank is gone: ended; the last "
                     "checkpoint is whole"
                 )
             else:

@@ -228,8 +228,8 @@ class Engine(Inference):
 
     def _is_finite(self) -> bool:
         """Whether the gradient is, which is clipped then. The one wait of a step, without a collective."""
-        assert self._norm is not None
-        norm, on_host = self._norm
+        assert self._norm is not None, "reduce() comes first"
+        (norm, on_host), self._norm = self._norm, None
         self.grad_norm = on_host.read()
         if not math.isfinite(self.grad_norm.item()):
             return False
