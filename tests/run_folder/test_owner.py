@@ -8,11 +8,16 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import message
 
+from dist_trainer.distributed.world import World
 from dist_trainer.errors import UserError
+from dist_trainer.plan import BatchConfig, Duration, make_plan
+from dist_trainer.run.end import End
 from dist_trainer.run_folder import owner as ownership
 from dist_trainer.run_folder.folder import RunFolder
 
@@ -187,6 +192,28 @@ def test_a_trainer_that_lost_its_folder_to_another_touches_nothing(
         first.check_owner()
     first.release()
     assert (tmp_path / "owner.json").exists()
+
+
+def test_a_trainer_that_lost_its_folder_records_no_end_in_it(tmp_path: Path) -> None:
+    """STATE and summary.json are the other one's by now, though both attempts are without a name. Its own end is
+    recorded. Mutation: leave `check_owner` out of `End.record`.
+    """
+    folder = RunFolder(tmp_path / "run")
+    folder.claim()
+    folder.write_state("running")
+    end = End(World(0, 1, 0, 1, torch.device("cpu")))
+    batch = BatchConfig(global_batch=8, micro_batch=8)
+    plan = make_plan(batch, Duration.parse("9step", "duration"), world=1, num_samples=80)
+    claim = SimpleNamespace(folder=folder, step=3)
+    end.begins(SimpleNamespace(claim=claim, blueprint=SimpleNamespace(plan=plan)))  # type: ignore[arg-type]
+    own = (folder.path / "owner.json").read_text()
+    (folder.path / "owner.json").write_text(own.replace(json.loads(own)["token"], "another"))
+    end.record("fault", "lost")
+    assert (folder.path / "STATE").read_text() == "running\n" and not (folder.path / "summary.json").exists()
+    (folder.path / "owner.json").write_text(own)
+    end.record("fault", "lost")
+    assert (folder.path / "STATE").read_text() == "fault\n"
+    assert json.loads((folder.path / "summary.json").read_text())["reason"] == "lost"
 
 
 def test_a_folder_that_cannot_be_made_is_refused_by_key(tmp_path: Path) -> None:
