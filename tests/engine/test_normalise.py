@@ -3,10 +3,14 @@
 import pytest
 import torch
 from torch import nn
-from training import ALONE
+from training import ALONE, alone, build, micro_batch
 
 from dist_trainer.engine.inference import Inference, Preprocess
 from dist_trainer.models.small_resnet import SmallResNet
+from dist_trainer.tricks.losses import weighted_sum
+from dist_trainer.tricks.mixing import MixingConfig
+
+__all__ = ["alone"]
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -47,3 +51,21 @@ def test_rounding_the_input_first_changes_no_logit() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(engine._prepare(images, torch.float32)).float()
     assert torch.equal(engine.logits(images), expected)
+
+
+def test_images_are_mixed_before_they_are_rounded(alone: None) -> None:
+    """The loss of a mixed micro-batch under bf16 is that of float32 images, mixed, which autocast rounds: bit for bit.
+
+    Mutation: mix what is rounded already.
+    """
+    torch.manual_seed(0)
+    engine = build(SmallResNet(10, in_channels=3), precision="bf16", mixing=MixingConfig(mixup=0.5))
+    batch = micro_batch(0, 0)
+    batch.ghost = False
+    mix = engine._mixing.draw(0, 0, batch.images.shape)
+    assert 0.0 < mix.share < 1.0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        images = mix.images(engine._prepare(batch.images, torch.float32))
+        logits = engine.module(images).float()
+    expected = weighted_sum(engine._loss, logits, batch.labels, batch.weight, mix)
+    assert torch.equal(engine.forward_backward(batch), expected)

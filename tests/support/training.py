@@ -54,7 +54,9 @@ class Trained:
     statistics: RunningStatistics
 
 
-def build(model: nn.Module, *, lr: float = 1e-3, channels: int = 3, **engine: Any) -> Engine:
+def build(
+    model: nn.Module, *, lr: float = 1e-3, channels: int = 3, mixing: MixingConfig | None = None, **engine: Any
+) -> Engine:
     config = EngineConfig(**{"backend": "torch", "precision": "fp32", **engine})
     batch = BatchConfig(global_batch=MICRO_BATCH * NUM_SLOTS, micro_batch=MICRO_BATCH)
     plan = make_plan(batch, Duration.parse("9step", "duration"), world=1, num_samples=800)
@@ -64,7 +66,7 @@ def build(model: nn.Module, *, lr: float = 1e-3, channels: int = 3, **engine: An
         model=model,
         optimizer=build_optimizer(OptimizerConfig(), model, lr, 0),
         loss=build_loss(LossConfig()),
-        mixing=Mixing(MixingConfig(), plan, 7),
+        mixing=Mixing(mixing or MixingConfig(), plan, 7),
         plan=plan,
         world=ALONE,
         preprocess=preprocess,
