@@ -148,7 +148,7 @@ def module_duration() -> Any:
     ("total", "free", "said"),
     [
         (64e6, 64e6, "has 64 MB: enlarge it"),
-        (2e9, 0.5e9, "up to 1.54 GB, and 500 MB are free: "),
+        (2e9, 1e9, "up to 1.54 GB, and 1 GB are free: "),
         (2e9, 1.9e9, None),
     ],
 )
