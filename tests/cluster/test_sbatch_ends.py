@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,11 +54,11 @@ def test_every_end_from_outside_is_gone_on_from_to_the_same_bits(slurm: Slurm, h
 
     run = started(slurm, here, refused, "refused", 180)
     slurm("scancel", "--batch", "--signal=USR1", refused)
-    slurm.wait_for_restart(limited, 120)
     for job, name in ((killed, "killed"), (lost, "lost")):
         saved(here, job, started(slurm, here, job, name, 120))
     kill(processes(SLURM_JOB_ID=killed, RANK="1")[:1])
     slurm.lose("n4")
+    slurm.wait_for_restart(limited, 120)
 
     assert slurm.wait(refused, 120) == ("COMPLETED", "0:0"), output(here, refused)
     successor = re.findall(r"Submitted batch job (\d+)", output(here, refused))
@@ -114,3 +115,38 @@ def test_the_container_script_puts_every_step_into_the_image(slurm: Slurm, here:
     expected = ["--container-image=/images/a.sqsh", f"--container-workdir={here}"]
     expected.append(f"--container-mounts={here}:{here},/data:/data")
     assert said == expected * 3
+
+
+@pytest.mark.parametrize(("ends_scontrol", "submits"), [(True, False), (False, True)])
+def test_a_job_that_is_queued_again_does_not_submit_itself_too(
+    ends_scontrol: bool, submits: bool, tmp_path: Path
+) -> None:
+    """Slurm obeys `scontrol requeue` and ends the script's processes before scontrol has come back: seen on a machine
+    under load. Where the site refuses, scontrol fails and nothing ends. By stand-ins for Slurm's programs.
+
+    Mutation: take any failure of scontrol for a refusal.
+    """
+    says = {
+        "dist-trainer": 'case $1 in plan) printf "runs/x\\n1\\n" ;; what-follows) echo requeue ;; esac',
+        "srun": "exit 3",
+        "scontrol": '[ "$1" = requeue ] || { echo " Command=/x/train.sbatch small.yaml"; exit 0; }; '
+        + ('kill -TERM "$PPID"; kill -TERM $$' if ends_scontrol else "exit 1"),
+        "sbatch": f"touch {tmp_path / 'submitted'}",
+    }
+    for name, line in says.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "1",
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_JOB_CPUS_PER_NODE": "2",
+        "SLURM_JOB_NAME": "x",
+    }
+    command = ["bash", str(ROOT / "slurm" / "train.sbatch"), "small.yaml"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (tmp_path / "submitted").exists() == submits, done.stdout + done.stderr
+    assert done.returncode == (0 if submits else 3)
