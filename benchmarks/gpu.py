@@ -65,8 +65,9 @@ def main() -> int:
         write(Path(arguments.out), f"gpu-{name.replace(' ', '-')}", {**rows, **result}, page)
     shutdown_world()
     failed = [check["name"] for check in checks if check["verdict"] == "FAILED"]
+    failed += [note for note in notes if note.startswith("FAILED")]
     if failed:
-        print(f"gpu.py: failed: {', '.join(failed)}")
+        print(f"gpu.py: failed: {'; '.join(note.removeprefix('FAILED: ') for note in failed)}")
     return 1 if failed else 0
 
 

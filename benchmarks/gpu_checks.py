@@ -314,19 +314,7 @@ def resumed(engine: Engine, run: Any) -> tuple[State, State]:
 
 def begun(task: Task, world: World, config: EngineConfig, precision: str, state: tuple[State, State] | None) -> Any:
     """A run from such a state, in a fresh engine."""
-    build = Task.build
-
-    def built(self: Task) -> nn.Module:
-        model = build(self)
-        if state is not None:
-            model.load_state_dict(state[0])
-        return model
-
-    Task.build = built  # type: ignore[method-assign]
-    try:
-        engine, plan = an_engine(task, precision, world, config)
-    finally:
-        Task.build = build  # type: ignore[method-assign]
+    engine, plan = an_engine(task, precision, world, config, weights=state[0] if state is not None else None)
     if state is not None:
         engine.load_optimizer_state(state[1])
     return a_run(engine, plan, world)

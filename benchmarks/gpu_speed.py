@@ -19,12 +19,13 @@ from dist_trainer.data.batch import Batch
 from dist_trainer.distributed.world import World
 from dist_trainer.engine.base import EngineConfig
 from dist_trainer.engine.evaluate import evaluate
+from dist_trainer.errors import UserError
 from dist_trainer.run_folder import checkpoint
 from dist_trainer.train import train_step
 from dist_trainer.tricks.ema import EmaConfig
 
 TORCH = EngineConfig(backend="torch")
-BARE = "bare"
+BARE, FAILED = "bare", "FAILED: "
 GOALS = {256: 1.02, 32: 1.05}
 """Batch -> the most that a step at ZeRO 0, or on DDP, may take, as a multiple of the bare loop's."""
 COMPILE_S = 150.0
@@ -140,10 +141,15 @@ def step_rows(task: Task, world: World, *, rounds: int, count: int, deadline: fl
         except torch.OutOfMemoryError:
             notes.append(f"{name}: batch {task.batch} does not fit into this device's memory")
             built.pop(name, None)
-        except Exception as error:
-            notes.append(f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
+        except UserError as error:  # such as no compiler
+            notes.append(f"{name}: {error}")
+            built.pop(name, None)
+        except Exception as error:  # the other sides still have figures; gpu.py ends with status 1
+            notes.append(f"{FAILED}{name}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}")
             built.pop(name, None)
         static[name] = allocated(world) - before
+    if BARE not in built:
+        return rows, notes
     times: dict[str, list[float]] = {name: [] for name in built}
     order, number = list(built), 0
     while number <= rounds and (number < 3 or time.monotonic() < deadline):

@@ -31,6 +31,7 @@ from dist_trainer.models import ModelConfig, build_model
 from dist_trainer.plan import BatchConfig, Duration, Plan, make_plan
 from dist_trainer.run.state import Progress
 from dist_trainer.run.step_sums import StepSums
+from dist_trainer.tensors import State
 from dist_trainer.train import train_step
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema, EmaConfig
@@ -108,9 +109,15 @@ def bare(
 
 
 def an_engine(
-    task: Task, precision: str, world: World, config: EngineConfig, *, fused: bool | None = None
+    task: Task,
+    precision: str,
+    world: World,
+    config: EngineConfig,
+    *,
+    fused: bool | None = None,
+    weights: State | None = None,
 ) -> tuple[Engine, Plan]:
-    """Ours, on random weights. `fused`: None does as a run does."""
+    """Ours, on random weights or on these. `fused`: None does as a run does."""
     plan = make_plan(
         BatchConfig(global_batch=task.batch * world.size * task.slots, micro_batch=task.batch),
         Duration.parse("1000000step", "duration"),
@@ -118,6 +125,8 @@ def an_engine(
         num_samples=task.batch * world.size * task.slots * 1000,
     )
     model, config = task.build(), replace(config, precision=precision)  # type: ignore[arg-type]
+    if weights is not None:
+        model.load_state_dict(weights)
     if fused is None:
         fused = world.device.type == "cuda" and not config.is_exact
     engine = build_engine(

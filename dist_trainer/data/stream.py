@@ -27,6 +27,9 @@ from dist_trainer.distributed.world import World
 from dist_trainer.errors import LocalError, UserError, plural
 from dist_trainer.plan import Plan
 
+AHEAD = 2
+"""Batches that a loader process makes before they are asked for (run/hand_over.py says what memory they take)."""
+
 
 def num_workers(config: DataConfig, world: World) -> int:
     """Loader processes per rank: this rank's share of the cores, less the one that computes."""
@@ -65,6 +68,7 @@ def _loader(
         batch_size=None,  # an item is a whole micro-batch
         sampler=addresses,
         num_workers=workers,
+        prefetch_factor=AHEAD if workers else None,
         # Not fork (fsspec, CUDA and threads break), not forkserver (its server outlives a killed trainer).
         multiprocessing_context="spawn" if workers else None,
         worker_init_fn=as_worker,

@@ -40,6 +40,6 @@ def check_hidden(environ: Mapping[str, str] = os.environ) -> None:
     if mask not in NOTHING:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         raise LocalError(
-            f"CUDA_VISIBLE_DEVICES={mask}, and torch {torch.__version__}, {built}, finds no GPU: look what nvidia-smi "
+            f"CUDA_VISIBLE_DEVICES={mask}, and torch {torch.__version__}, {built}, finds no GPU: see what nvidia-smi "
             "says; CUDA_VISIBLE_DEVICES='' trains on the CPU"
         )

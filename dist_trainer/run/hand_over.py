@@ -1,6 +1,6 @@
 """Host memory that batches take between loader processes and the device: computed before a run, held against /dev/shm.
 
-A loader process makes up to two batches ahead (DataLoader's prefetch_factor), each in shared memory. On a GPU a thread
+A loader process makes up to AHEAD batches that nobody has asked for, each in shared memory. On a GPU a thread
 copies them to pinned memory, whose allocator takes the next power of two. While an evaluation runs, the batches of
 training stay where they are.
 """
@@ -14,12 +14,11 @@ from torch import nn
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.augment import Augment
 from dist_trainer.data.index import ShardIndex
-from dist_trainer.data.stream import num_workers
+from dist_trainer.data.stream import AHEAD, num_workers
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import LocalError, plural
 from dist_trainer.run.blueprint import image_sizes
 
-AHEAD = 2
 SHARED_MEMORY = Path("/dev/shm")
 
 

@@ -65,7 +65,7 @@ def test_a_gpu_that_torch_does_not_find_is_not_replaced_by_the_cpu() -> None:
     with pytest.raises(LocalError) as caught:
         check_hidden({"CUDA_VISIBLE_DEVICES": "0,1"})
     assert str(caught.value).startswith("CUDA_VISIBLE_DEVICES=0,1, and torch ")
-    assert "finds no GPU: look what nvidia-smi says; CUDA_VISIBLE_DEVICES='' trains on the CPU" in str(caught.value)
+    assert "finds no GPU: see what nvidia-smi says; CUDA_VISIBLE_DEVICES='' trains on the CPU" in str(caught.value)
 
 
 def test_these_tests_see_no_gpu_even_where_there_is_one() -> None:

@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from dist_trainer.data.batch import Batch
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import LocalError
 from dist_trainer.log.console import Terminal
-from dist_trainer.plan import make_plan
+from dist_trainer.plan import Duration, make_plan
 from dist_trainer.run import hand_over as module
 from dist_trainer.run.blueprint import make_blueprint
 from dist_trainer.run.data import open_data, open_streams
@@ -133,15 +132,9 @@ def test_where_no_size_is_known_nothing_is_claimed() -> None:
     config = config_of(
         "--data.train=x", "--data.val=x", "--batch.global_batch=16", "--batch.micro_batch=16", "--augment.crop=null"
     )
-    plan = make_plan(config.batch, module_duration(), world=1, num_samples=160)
+    plan = make_plan(config.batch, Duration.parse("1ep", "duration"), world=1, num_samples=160)
     augment = Augment(config.augment, 0, plan, [0.5] * 3)
     assert hand_over(config, torch.nn.Linear(1, 1), augment, 160, 2) is None
-
-
-def module_duration() -> Any:
-    from dist_trainer.plan import Duration
-
-    return Duration.parse("1ep", "duration")
 
 
 @pytest.mark.parametrize(
