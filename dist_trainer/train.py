@@ -74,11 +74,11 @@ def train_step(run: Run, step: int, batches: Iterator[Batch]) -> None:
 
 
 def training_metrics(run: Run) -> dict[str, float | int | None]:
-    """Metrics since the last call, by their documented names (log/tracker.py)."""
+    """Metrics since the last call, by their documented names (log/names.py) (collective)."""
     learner, progress = run.learner, run.progress
     return {
         "epoch": run.plan.epoch(progress.step),
-        **run.record.meter.take(),
+        **run.times_of_ranks(),
         "train/lr": learner.learning_rate(progress.step - 1),
         "train/grad_norm": float(learner.engine.grad_norm),
         "train/skipped": progress.skipped,

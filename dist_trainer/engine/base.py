@@ -23,6 +23,7 @@ from dist_trainer.draws import FORWARD, key
 from dist_trainer.engine.exact import ExactReducer
 from dist_trainer.engine.inference import Inference, Preprocess
 from dist_trainer.errors import UserError
+from dist_trainer.log.meter import Stopwatch
 from dist_trainer.plan import Plan
 from dist_trainer.tensors import HostCopy, State
 from dist_trainer.tricks.compiling import compile_training, uncompiled
@@ -122,6 +123,7 @@ class Engine(Inference):
         self._generator: torch.Generator = (
             torch.cuda.default_generators[self._device.index] if on_gpu else torch.default_generator
         )
+        self.forward_time = Stopwatch(self._device)
         self._micro_step = 0
         self._has_updated = False
         self._norm: tuple[torch.Tensor, HostCopy] | None = None
@@ -180,7 +182,9 @@ class Engine(Inference):
         # Dropout and the like draw the same numbers for a slot on whichever rank it runs.
         self._generator.manual_seed(key(FORWARD, self._seed, address.step, address.slot))
         mix = self._mixing.draw(address.step, address.slot, batch.images.shape)
-        logits = self._forward(mix.images(self._prepare(batch.images, self._input_type))).float()
+        images = mix.images(self._prepare(batch.images, self._input_type))
+        with self.forward_time:
+            logits = self._forward(images).float()
         labels = batch.labels.to(self._device, non_blocking=True)
         weight = batch.weight.to(self._device, non_blocking=True)
         total = weighted_sum(self._loss, logits, labels, weight, mix)

@@ -1,14 +1,22 @@
-"""metrics.jsonl: one JSON object per line, `step` (updates made) and `epoch` in each; the source of every plot."""
+"""metrics.jsonl, the record of a run: one JSON object per line, by the names of names.py; all else is a view of it.
+
+Appended by rank 0 alone. Steps never go down. Several lines may have one step: training's, one for each weights that
+were scored, events.
+"""
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from dist_trainer.errors import LocalError
 from dist_trainer.storage.atomic import replace_text
 
 Metrics = Mapping[str, float | int | None]
 """By name; None where there is no value."""
+Row = dict[str, Any]
+"""A line, or all lines of one step together."""
 
 
 class MetricsFile:
@@ -17,17 +25,23 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int, *, are_whole: bool = True) -> None:
         self._path = path
+        lines = list(read_rows(path))
+        events = [line for line in lines if "run/event" in line]
+        self.restarts = max((line.get("run/restarts", n) for n, line in enumerate(events, 1)), default=0)
+        self.roll_backs = max((line.get("run/roll_backs", 0) for line in events), default=0)
+        """So far, also by lines that are dropped now."""
+        kept = [line for line in lines if line["step"] <= resume_step]
+        if not are_whole:
+            kept = [line for line in kept if not (line["step"] == resume_step and _is_score(line))]
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_step]
-            if not are_whole:
-                kept = [line for line in kept if not (_step(line) == resume_step and '/top1"' in line)]
-            replace_text(path, "".join(line + "\n" for line in kept))
+            replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, metrics: Mapping[str, float | int | str | None]) -> None:
         """One write call per line: a reader, or a kill, sees whole lines. Raises LocalError when the disk refuses."""
+        line = {"step": step, **metrics, "perf/time": round(time.time(), 3)}
         try:
             with self._path.open("a") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+                file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise LocalError(
                 f"cannot write {self._path}: {error.strerror or error}; the last checkpoint is whole: make room, then "
@@ -35,8 +49,55 @@ class MetricsFile:
             ) from None
 
 
-def _step(line: str) -> float:
+def _is_score(line: Row) -> bool:
+    return any(name.endswith("/top1") for name in line)
+
+
+def _parsed(text: str) -> Row | None:
     try:
-        return float(json.loads(line)["step"])
+        line = json.loads(text)
+        return line if isinstance(line["step"], int) else None
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # an incomplete last line
+        return None  # cut off by a kill or a full disk
+
+
+class Tail:
+    """The lines of a record that is being written, as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._at = path, 0
+
+    def new(self) -> Iterator[Row]:
+        """Whole lines since the last call."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._at)
+                data = file.read()
+        except FileNotFoundError:
+            return
+        end = data.rfind(b"\n") + 1
+        self._at += end
+        for text in data[:end].decode(errors="replace").splitlines():
+            if (line := _parsed(text)) is not None:
+                yield line
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Every whole line; none where there is no file."""
+    return Tail(path).new()
+
+
+def by_step(lines: Iterable[Row]) -> Iterator[Row]:
+    """Lines of one step as one row, without what has no value. Of two values with one name, the later one counts;
+    events are joined by `; `."""
+    row: Row = {}
+    for line in lines:
+        if row and line["step"] != row["step"]:
+            yield row
+            row = {}
+        known = {name: value for name, value in line.items() if value is not None}
+        if "run/event" in row and "run/event" in known:
+            known["run/event"] = f"{row['run/event']}; {known['run/event']}"
+        row |= known
+    if row:
+        yield row

@@ -1,33 +1,23 @@
-"""Where metrics go: the terminal, metrics.jsonl and W&B, on rank 0.
+"""Where metrics go: the terminal and metrics.jsonl, on rank 0. All else follows the file (follow.py). names.py has all
+names."""
 
-Names: train/loss (mean over samples since the last line; null if no update was made), train/lr, train/grad_norm (of the
-last step, before clipping), train/skipped (steps not applied, so far), data/bad (different bad samples, so far),
-train/beyond (values of gradients so far that engine.sums: exact does not promise), ema/decay, val/top1, val/top5
-(fractions), val/loss, and the same with the other prefixes of SCORES, train_eval/top1, top5, loss (training samples
-with the evaluation's transform), train_eval/gap (its top1 less val/top1), perf/images_per_s, perf/data_wait (share of
-the time that rank 0 waited for data), epoch. run/event (a line: how the run was started again), run/world.
-"""
-
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import plural
 from dist_trainer.log.console import Terminal
+from dist_trainer.log.follow import Task
+from dist_trainer.log.follower import Follower
 from dist_trainer.log.metrics_file import Metrics, MetricsFile
-from dist_trainer.log.wandb_run import WandbConfig, WandbRun
+from dist_trainer.log.names import SCORES
+from dist_trainer.log.wandb_run import WandbConfig, mode_of, run_id
 
-SCORES = {
-    "model": ("val", "model"),
-    "model_bn": ("val_bn", "model, BN re-estimated"),
-    "ema": ("val_ema", "EMA"),
-    "ema_bn": ("val_ema_bn", "EMA, BN re-estimated"),
-    "average": ("val_avg", "average"),
-    "average_bn": ("val_avg_bn", "average, BN re-estimated"),
-}
-"""The weights that can be scored: name in files -> (prefix of their metrics, name for people)."""
+STOP_PATIENCE_S = 10.0
+"""A stopped run waits no longer for W&B: torchrun kills its ranks after 30 s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,35 +26,60 @@ class LogConfig:
 
     every: str = "50step"
     """How often a line of training metrics is written."""
+    tensorboard: bool = False
+    """Write TensorBoard's files too, in the run folder's tensorboard/."""
+    csv: bool = False
+    """Write metrics.csv too, one row per step."""
 
 
 class Tracker:
-    """Sends metrics to the terminal, metrics.jsonl and W&B. On ranks other than 0 every call does nothing."""
+    """On ranks other than 0 every call does nothing."""
 
     def __init__(self, world: World, total_steps: int, terminal: Terminal) -> None:
         self.terminal = terminal
         self._world, self._total_steps = world, total_steps
         self._file: MetricsFile | None = None
-        self._wandb: WandbRun | None = None
+        self._follower: Follower | None = None
+        self._timeout_s = 0.0
         self._beyond: float = 0
 
     def open(
-        self, folder: Path, step: int, wandb: WandbConfig, config: dict[str, Any], *, is_evaluated: bool = True
+        self,
+        folder: Path,
+        step: int,
+        *,
+        log: LogConfig,
+        wandb: WandbConfig,
+        facts: dict[str, Any],
+        is_evaluated: bool = True,
     ) -> None:
-        """At this step, whose evaluation was made to its end, or is still to be made."""
-        if not self._world.is_main:
+        """At this step, whose evaluation was made to its end, or is still to be made. `facts`: the config on W&B."""
+        mode, label = mode_of(wandb), None if self._world.is_main else os.uname().nodename
+        if not self._world.is_main and (self._world.local_rank or wandb.system != "all" or mode != "online"):
             return
-        self._file = MetricsFile(folder / "metrics.jsonl", step, are_whole=is_evaluated)
-        self._wandb = WandbRun(wandb, folder, folder.name, config)
-        if self._wandb.note:
-            self.terminal.say(self._wandb.note)
+        if self._world.is_main:
+            self._file = MetricsFile(folder / "metrics.jsonl", step, are_whole=is_evaluated)
+            if mode != "disabled":
+                run_id(folder)
+        task = Task(
+            folder=str(folder),
+            mode=mode,
+            wandb=asdict(wandb),
+            facts=facts,
+            tensorboard=log.tensorboard and self._world.is_main,
+            csv=log.csv and self._world.is_main,
+            label=label,
+        )
+        self._timeout_s = wandb.timeout
+        if mode == "offline":
+            self.terminal.say(f"W&B: offline; dist-trainer wandb-sync {folder} uploads the run")
+        if not task.is_empty:
+            self._follower = Follower(task, self.terminal.say)
         self.terminal.start(step, self._total_steps)
 
     def _write(self, step: int, metrics: Mapping[str, float | int | str | None]) -> None:
         if self._file is not None:
             self._file.write(step, metrics)
-        if self._wandb is not None:
-            self._wandb.log(step, metrics)
 
     def train(self, step: int, metrics: Metrics) -> None:
         self._write(step, metrics)
@@ -100,12 +115,17 @@ class Tracker:
                 f"step {step}: training samples: top-1 {metrics['top1']:.2%}, {100 * metrics['gap']:+.1f} points"
             )
 
-    def event(self, step: int, epoch: float, line: str, world: int) -> None:
-        """A restart, a requeue, a roll-back, in a `line`: run/event, and run/world, the ranks from here on."""
-        self._write(step, {"epoch": epoch, "run/event": line, "run/world": world})
+    def event(self, step: int, epoch: float, line: str, *, rolled_back: bool) -> None:
+        """A restart, a requeue, a roll-back, in a `line`: run/event, and the ranks from here on."""
+        if self._file is not None:
+            self._file.restarts += not rolled_back
+            self._file.roll_backs += rolled_back
+            counts = {"run/restarts": self._file.restarts, "run/roll_backs": self._file.roll_backs}
+            self._write(step, {"epoch": epoch, "run/event": line, "run/world": self._world.size, **counts})
         self.terminal.say(line)
 
-    def close(self, summary: dict[str, Any]) -> None:
+    def close(self, *, is_done: bool) -> None:
+        """STATE and summary.json are written: let the views end."""
         self.terminal.stop()
-        if self._wandb is not None:
-            self._wandb.finish(summary)
+        if self._follower is not None:
+            self._follower.close(self._timeout_s if is_done else min(self._timeout_s, STOP_PATIENCE_S))

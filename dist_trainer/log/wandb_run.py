@@ -1,30 +1,76 @@
-"""Weights & Biases, on rank 0: one W&B run per training run, continued after a restart. Only here is wandb imported."""
+"""Weights & Biases: one W&B run per training run, from its record. Only here is wandb imported.
+
+A W&B run is a view of metrics.jsonl: `show` sends the rows after the last step that the server has. Offline, each
+attempt writes all rows into its own file, which replaces those before it. So each step is there once, whatever ended
+the attempts. `_step` is the training step. It runs in its own process (follow.py), or in `dist-trainer wandb-sync`.
+"""
 
 import netrc
 import os
 import secrets
+import shutil
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from dist_trainer.errors import first_line
+from dist_trainer.log.metrics_file import Row
+from dist_trainer.log.names import METRICS, VALIDATION, is_evaluation
+from dist_trainer.storage.atomic import replace_text
+
+Mode = Literal["online", "offline", "disabled"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class WandbConfig:
-    """Weights & Biases."""
+    """Weights & Biases. WANDB_* environment variables take precedence over all of these."""
 
-    mode: Literal["online", "offline", "disabled"] = "online"
-    """online falls back to offline, with a line, if no API key is set up."""
+    mode: Mode = "online"
+    """online falls back to offline, with a line, without an API key or an answer."""
     project: str = "dist_trainer"
     """The project of the run."""
     entity: str | None = None
     """Null: your default entity."""
+    group: str | None = None
+    """Runs of one group are shown together."""
+    name: str | None = None
+    """Null: the run folder's name."""
+    tags: list[str] = field(default_factory=list)
+    """Words to find the run by."""
+    notes: str | None = None
+    """A text beside the run."""
+    job_type: str | None = None
+    """The kind of run, within its group."""
+    artifact: Literal["best"] | None = None
+    """best: the best weights are uploaded at the end."""
+    system: Literal["first", "all", "none"] = "first"
+    """Whose load and memory are shown: the first host's, every host's, or none."""
+    timeout: float = 15.0
+    """Seconds that W&B may take to answer, at the start and at the end. Training never waits at the start."""
 
 
-def _has_key() -> bool:
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended."""
+
+    state: str
+    """As STATE says; "running": it was killed, or still runs."""
+    summary: dict[str, Any]
+    """summary.json, or empty."""
+
+
+def whole_rows(rows: list[Row], ending: Ending) -> list[Row]:
+    """`rows` without the last one, if the attempt ended where that one's step may get more values from the next one."""
+    if rows and ending.state != "done" and rows[-1]["step"] >= ending.summary.get("steps", 0):
+        return rows[:-1]
+    return rows
+
+
+def has_key() -> bool:
     """Whether a key is set up. Its value is never looked at."""
     if "WANDB_API_KEY" in os.environ:
         return True
@@ -35,12 +81,20 @@ def _has_key() -> bool:
         return False
 
 
+def mode_of(config: WandbConfig) -> str:
+    """online, offline or disabled: as WANDB_MODE or the config says; offline without a key."""
+    mode = os.environ.get("WANDB_MODE") or config.mode
+    if mode in ("dryrun", "offline") or (mode == "online" and not has_key()):
+        return "offline"
+    return "online" if mode in ("online", "run", "shared") else "disabled"
+
+
 def reach(config: WandbConfig) -> tuple[bool, str]:
     """(whether a run could log as the config says, a line). A server is only connected to, for 3 s at most."""
-    mode = os.environ.get("WANDB_MODE", config.mode)
+    mode = os.environ.get("WANDB_MODE") or config.mode
     if mode != "online":
         return True, f"W&B: {mode}"
-    if not _has_key():
+    if not has_key():
         return True, "W&B: no API key set up: writes offline"
     url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     proxy = urlsplit(getproxies().get(url.scheme, ""))
@@ -53,63 +107,181 @@ def reach(config: WandbConfig) -> tuple[bool, str]:
     return True, f"W&B: {host} can be reached"
 
 
-class WandbRun:
-    """`log` metrics against `step`. A failure of W&B is printed once and never stops training."""
+def run_id(folder: Path) -> str:
+    """Of the W&B run. It is in the run folder before the first step, so that a requeued job goes on with the same one.
 
-    def __init__(self, config: WandbConfig, folder: Path, name: str, run_config: dict[str, Any]) -> None:
-        self.note = ""
-        """A line for the user, or empty."""
-        self._run: Any = None
-        mode = os.environ.get("WANDB_MODE", config.mode)
-        if mode == "disabled":
+    WANDB_RUN_ID, which `wandb agent` sets, takes precedence. Raises OSError.
+    """
+    path = folder / "wandb_id"
+    known = path.read_text().strip() if path.exists() else ""
+    wanted = os.environ.get("WANDB_RUN_ID") or known or secrets.token_hex(4)
+    if wanted != known:
+        replace_text(path, wanted)
+    return wanted
+
+
+def best_weights(folder: Path, config: WandbConfig) -> Path | None:
+    """What is to be an artifact, if there is such a thing."""
+    return max((folder / "best").glob("step_*"), default=None) if config.artifact else None
+
+
+def closing_s(folder: Path, config: WandbConfig) -> float:
+    """Seconds that `close` may take: W&B's time to answer, and for the best weights a second per MB."""
+    best = best_weights(folder, config)
+    return config.timeout + (sum(file.stat().st_size for file in best.iterdir()) / 1e6 if best else 0.0)
+
+
+def describe(error: Exception) -> str:
+    """One short line."""
+    line = first_line(error)
+    return f"{type(error).__name__}: {line if len(line) < 120 else line[:117] + '...'}"
+
+
+def _own_names(config: WandbConfig, folder: Path) -> dict[str, Any]:
+    """Arguments of wandb.init, without those that a WANDB_* variable gives."""
+    values: dict[str, tuple[str, Any]] = {
+        "project": ("WANDB_PROJECT", config.project),
+        "entity": ("WANDB_ENTITY", config.entity),
+        "group": ("WANDB_RUN_GROUP", config.group),
+        "name": ("WANDB_NAME", config.name or folder.name),
+        "tags": ("WANDB_TAGS", config.tags or None),
+        "notes": ("WANDB_NOTES", config.notes),
+        "job_type": ("WANDB_JOB_TYPE", config.job_type),
+        "dir": ("WANDB_DIR", str(folder)),
+    }
+    return {name: value for name, (variable, value) in values.items() if not os.environ.get(variable)}
+
+
+class WandbRun:
+    """`show` rows, then `close`. Raises whatever wandb raises; calls may hang, so the caller watches the time."""
+
+    def __init__(
+        self, folder: Path, config: WandbConfig, facts: dict[str, Any], *, mode: str, label: str | None = None
+    ) -> None:
+        """`facts` become the run's config. With a `label`, only the load of this host is sent, under that name."""
+        os.environ.setdefault("WANDB_SILENT", "true")  # settings come too late for what `login` says
+        import wandb
+
+        self._folder, self._config, self._is_online = folder, config, mode == "online"
+        self._id = run_id(folder)
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=config.timeout,
+            x_disable_stats=config.system == "none",
+            x_stats_pid=os.getppid(),
+            # Neither code nor its differences ever leave this machine.
+            disable_code=True,
+            save_code=False,
+            disable_git=True,
+            disable_job_creation=True,
+            **self._of_several_hosts(label),
+        )
+        self._run: Any = wandb.init(
+            **_own_names(config, folder),
+            id=self._id,
+            mode=settings.mode if settings.mode == "shared" else mode,  # type: ignore[arg-type]
+            resume="allow" if self._is_online and settings.mode != "shared" else None,
+            config=facts,
+            settings=settings,
+        )
+        self.last = -1
+        """The last training step that the server has."""
+        if self._run.resumed:
+            logged = self._run.summary.get("step", -1)
+            self.last = max(self._run.starting_step - 1, int(logged))
+        self._events: Row = {}
+        self._best: dict[str, dict[str, float]] = {}
+        if label is None:
+            self._define()
+
+    def _of_several_hosts(self, label: str | None) -> dict[str, Any]:
+        if self._config.system != "all" or not self._is_online:
+            return {}
+        if label is None:
+            return {"mode": "shared", "x_primary": True, "x_label": "0"}
+        return {"mode": "shared", "x_primary": False, "x_label": label, "x_update_finish_state": False}
+
+    def _define(self) -> None:
+        """The axes: epochs for evaluations, steps for all else. The summary of scores is `_keep_best`'s."""
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("epoch", hidden=True)
+        for name in METRICS:
+            summary = "none" if name in VALIDATION else None
+            self._run.define_metric(name, step_metric="epoch" if is_evaluation(name) else "step", summary=summary)
+
+    @property
+    def where(self) -> str:
+        """Its address, or empty."""
+        return str(self._run.url) if self._is_online else ""
+
+    def show(self, rows: Iterable[Row]) -> int:
+        """Send rows of whole steps (metrics_file.by_step) after `last`; returns how many.
+
+        Events of steps that the server has already come with the next row.
+        """
+        count = 0
+        for row in rows:
+            self._keep_best(row)
+            if row["step"] <= self.last:
+                self._events |= {name: value for name, value in row.items() if name.startswith("run/")}
+                continue
+            stamp = {"_timestamp": row["perf/time"]} if "perf/time" in row else {}
+            self._run.log(self._events | row | stamp, step=row["step"], commit=True)
+            self._events, self.last, count = {}, row["step"], count + 1
+        if self._best:
+            self._run.summary.update(self._best)
+        return count
+
+    def _keep_best(self, row: Row) -> None:
+        """W&B's own best value would be that of one attempt."""
+        for name in row.keys() & VALIDATION.keys():
+            kind, better = ("min", min) if name.endswith("/loss") else ("max", max)
+            best = self._best.get(name, {}).get(kind, row[name])
+            self._best[name] = {"last": row[name], kind: better(best, row[name])}
+
+    def remove_older(self) -> None:
+        """Remove offline files of earlier attempts: this one's holds all their rows."""
+        if self._is_online:
             return
-        if mode == "online" and not _has_key():
-            mode, self.note = "offline", "W&B: no API key set up, writing offline"
-        try:
+        own = Path(self._run.dir).parent
+        for other in own.parent.glob(f"offline-run-*-{self._id}"):
+            if other != own:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def artifact(self) -> str:
+        """Hand over the best weights, if so configured; `close` waits until they are uploaded. Returns a line."""
+        best = best_weights(self._folder, self._config)
+        if best is None:
+            return ""
+        import wandb
+
+        artifact = wandb.Artifact(
+            f"best-{self._id}", type="model", metadata={"step": int(best.name.rpartition("_")[2])}
+        )
+        artifact.add_dir(str(best))
+        self._run.log_artifact(artifact, aliases=["best"])
+        return f"W&B: {best.name} of best/ is artifact best-{self._id}"
+
+    def picture(self) -> None:
+        """The grid of validation images with predictions, if the run has drawn it."""
+        file = self._folder / "predictions.png"
+        if file.exists() and "predictions" not in self._run.summary:
             import wandb
 
-            run_id = self._run_id(folder / "wandb_id")
-            self._run = wandb.init(
-                project=config.project,
-                entity=config.entity,
-                mode=mode,  # type: ignore[arg-type]
-                dir=str(folder),
-                id=run_id,
-                name=name,
-                resume="allow" if mode == "online" else None,
-                config=run_config,
-                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-            )
-            self._run.define_metric("step")
-            self._run.define_metric("*", step_metric="step")
-        except Exception as error:  # training continues whatever W&B raises
-            self._give_up(error)
+            self._run.log({"predictions": wandb.Image(str(file))}, commit=True)
 
-    @staticmethod
-    def _run_id(path: Path) -> str:
-        """Kept in the run folder before the first step, so that a requeued job continues the same W&B run."""
-        if not path.exists():
-            path.write_text(secrets.token_hex(4))
-        return path.read_text().strip()
+    def close(self, ending: Ending, *, alerts: bool = True) -> None:
+        """Its last words: summary, alert, and how it ended. A stopped run goes on later, so W&B calls it preempted."""
+        for name, value in ending.summary.items():
+            self._run.summary[name] = value
+        if alerts and ending.state in ALERTS:
+            reason = ending.summary.get("reason") if ending.state != "running" else None
+            self._run.alert(f"{self._folder.name}: {ALERTS[ending.state]}", reason or "", level="ERROR")
+        if ending.state in ("stopped", "interrupted"):
+            self._run.mark_preempting()
+        self._run.finish(exit_code=0 if ending.state == "done" else 1)
 
-    def _give_up(self, error: Exception) -> None:
-        self._run = None
-        self.note = (
-            f"W&B: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; continuing without it"
-        )
 
-    def log(self, step: int, metrics: Mapping[str, float | int | str | None]) -> None:
-        if self._run is not None:
-            try:
-                known = {name: value for name, value in metrics.items() if value is not None}
-                self._run.log({"step": step, **known})
-            except Exception as error:
-                self._give_up(error)
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        if self._run is not None:
-            try:
-                self._run.summary.update(summary)
-                self._run.finish()
-            except Exception as error:
-                self._give_up(error)
+ALERTS = {"mistake": "stopped by an error", "fault": "crashed", "running": "killed"}
+"""STATE -> what an alert says. "running" has no summary of its own."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dist_trainer.distributed.collectives import on_main, read_on_main
 from dist_trainer.distributed.world import World
-from dist_trainer.log.tracker import SCORES
+from dist_trainer.log.names import SCORES
 from dist_trainer.run.weights import Weights
 from dist_trainer.run_folder.snapshots import Snapshot, Snapshots
 from dist_trainer.tensors import State

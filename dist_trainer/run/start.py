@@ -261,8 +261,14 @@ def open_logs(
         for note in learner.averaging.resume(progress.evaluated_step):
             terminal.say(note)
     facts = {**config.as_dict(), "world": world.size, "git": git_revision(), "changes": history}
-    is_evaluated = progress.evaluated_step == progress.step
-    record.tracker.open(folder.path, progress.step, config.wandb, facts, is_evaluated=is_evaluated)
+    record.tracker.open(
+        folder.path,
+        progress.step,
+        log=config.log,
+        wandb=config.wandb,
+        facts={**facts, "plan": asdict(prepared.blueprint.plan)},
+        is_evaluated=progress.evaluated_step == progress.step,
+    )
 
 
 def tell_of_start(prepared: PreparedRun, record: Record, step: int, *, rolled_back: bool) -> None:
@@ -271,7 +277,7 @@ def tell_of_start(prepared: PreparedRun, record: Record, step: int, *, rolled_ba
     if before is not None:
         attempt = os.environ.get(ATTEMPT)
         line = how_it_goes_on(before, attempt=attempt, world=plan.world, step=step, rolled_back=rolled_back)
-        record.tracker.event(step, plan.epoch(step), line, plan.world)
+        record.tracker.event(step, plan.epoch(step), line, rolled_back=rolled_back)
 
 
 def step_sums(

@@ -12,6 +12,7 @@ from dist_trainer.data.bad_samples import BadSampleLog
 from dist_trainer.distributed.world import World
 from dist_trainer.engine.base import Engine
 from dist_trainer.log.meter import Meter
+from dist_trainer.log.over_ranks import over_ranks
 from dist_trainer.log.tracker import Tracker
 from dist_trainer.plan import Plan
 from dist_trainer.run.averaging import Averaging
@@ -34,7 +35,7 @@ class Progress:
     skipped_in_a_row: int = 0
     evaluated_step: int = 0
     last: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Metrics of the last evaluation, by the weights' name (log/tracker.py)."""
+    """Metrics of the last evaluation, by the weights' name (log/names.py)."""
     train_eval: dict[str, float] = field(default_factory=dict)
     """Those of the model on training samples."""
     best: dict[str, Any] = field(default_factory=dict)
@@ -103,6 +104,13 @@ class Run:
     resumed_from: Path | None
     """The checkpoint that it continues, if any."""
 
+    def times_of_ranks(self) -> dict[str, float | int | None]:
+        """The meter's metrics since the last call, and those over all ranks (collective)."""
+        forward_s = self.learner.engine.forward_time.take()
+        metrics = self.record.meter.take(forward_s)
+        own_s, rest_s = (metrics["perf/seconds_data"] or 0) + forward_s, metrics["perf/seconds_rest"] or 0
+        return metrics | over_ranks(self.world, own_s, own_s + rest_s)
+
     @contextlib.contextmanager
     def paused(self, activity: str) -> Iterator[None]:
         """This block waits for the step's sums, and its time counts as `activity` (a key of `record.seconds`)."""
@@ -112,5 +120,6 @@ class Run:
         try:
             yield
         finally:
-            self.record.seconds[activity] += time.perf_counter() - start
-            self.record.meter.resume()
+            seconds = time.perf_counter() - start
+            self.record.seconds[activity] += seconds
+            self.record.meter.resume(activity, seconds)

@@ -5,7 +5,7 @@ from typing import Any
 
 from dist_trainer.distributed.collectives import on_main
 from dist_trainer.errors import plural
-from dist_trainer.log.tracker import SCORES
+from dist_trainer.log.names import SCORES
 from dist_trainer.plan import Plan
 from dist_trainer.run.advice import keys_to_turn
 from dist_trainer.run.promise import promise
@@ -40,7 +40,7 @@ def finish_run(run: Run, state: State, reason: str | None = None) -> dict[str, A
     def close() -> None:
         record.folder.write_summary(summary)
         record.folder.write_state(state)
-        record.tracker.close(summary)  # last, since W&B may wait for a network
+        record.tracker.close(is_done=state == "done")  # reads these; W&B may wait for a network
         record.folder.release()
 
     on_main(run.world, close)

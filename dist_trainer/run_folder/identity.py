@@ -101,7 +101,9 @@ KEYS: dict[str, First | str] = {
     "eval.interpolation": FREE,
     "eval.resize": FREE,
     "eval.train_samples": FREE,
+    "log.csv": PLACE,
     "log.every": FREE,
+    "log.tensorboard": PLACE,
     "loss.args": First({}),
     "loss.label_smoothing": First(0.0),
     "loss.name": First("cross_entropy"),
@@ -140,9 +142,17 @@ KEYS: dict[str, First | str] = {
     "run.seed": First(0, fixed=True),
     "run.start_from": First(None, fixed=True),
     "run.timeout": PLACE,
+    "wandb.artifact": PLACE,
     "wandb.entity": PLACE,
+    "wandb.group": PLACE,
+    "wandb.job_type": PLACE,
     "wandb.mode": PLACE,
+    "wandb.name": PLACE,
+    "wandb.notes": PLACE,
     "wandb.project": PLACE,
+    "wandb.system": PLACE,
+    "wandb.tags": PLACE,
+    "wandb.timeout": PLACE,
 }
 
 

@@ -1,0 +1,214 @@
+"""W&B shows the record: its files and what a server got, read back, after every kind of interruption.
+
+The server is tests/support/wandb_server.py, on loopback; the client is wandb itself.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import TINY, Session, metrics, run_jobs, tensors, torchrun, wait_for_step
+from wandb_files import compared, history, record, records
+from wandb_server import KEY, WandbServer, serving
+
+CLI = [sys.executable, "-m", "dist_trainer"]
+ONLINE = [*(each for each in TINY if "wandb" not in each), "--eval.every=5step", "--checkpoint.every=4step"]
+
+
+@pytest.fixture
+def server() -> Iterator[WandbServer]:
+    with serving() as server:
+        yield server
+    assert not server.errors
+
+
+def variables(server: WandbServer | str, **more: str) -> dict[str, str]:
+    url = server if isinstance(server, str) else server.url
+    return {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false", **more}
+
+
+def train(world: int, argv: list[str], folder: Path, environment: dict[str, str]) -> Session:
+    command = ["-m", "dist_trainer", "train", *argv, f"--run.dir={folder}", "--run.name=run"]
+    launch = torchrun(world, *command) if world > 1 else [sys.executable, *command]
+    return Session(launch, folder / "log", **environment)
+
+
+def sync(run: Path, environment: dict[str, str]) -> str:
+    env = {**{k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}, **environment}
+    done = subprocess.run(
+        [*CLI, "wandb-sync", str(run)], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    return done.stdout + done.stderr
+
+
+def only(found: Any) -> Any:
+    (one,) = found
+    return one
+
+
+def test_offline_there_is_one_file_with_every_step_once(tmp_path: Path, fashion: list[str]) -> None:
+    """Stopped, rolled back, gone on with on other worlds: value by value, and no step goes backwards.
+
+    Mutations: keep the files of attempts before; write only what comes after the checkpoint.
+    """
+    argv = [*TINY, *fashion, "--wandb.mode=offline", "--eval.every=5step", "--checkpoint.every=4step"]
+    run_jobs(2, [{"name": "run", "argv": argv, "stop_at": 6}], tmp_path)
+    first = only((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))
+    assert [row["step"] for row in history(first)] == [1, 2, 3, 4, 5, 6, 7]
+    run_jobs(3, [{"name": "run", "argv": argv, "stop_at": 11}], tmp_path)
+    run_jobs(1, [{"name": "run", "argv": argv}], tmp_path)
+    second = only((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))
+    rows = history(second)
+    assert second.name == first.name, "one run"
+    assert [row["step"] for row in rows] == [row["_step"] for row in rows] == list(range(1, 21))
+    assert compared(rows) == record(tmp_path / "run")
+    assert [row["run/world"] for row in rows if "run/event" in row] == [3, 1]
+    assert rows[-1]["_timestamp"] == metrics(tmp_path / "run", "perf/time")[-1]
+
+
+def test_a_killed_run_leaves_a_whole_file_and_goes_on(tmp_path: Path, fashion: list[str]) -> None:
+    """SIGKILL of every rank: what was logged is in the file. Mutation: rank 0 writes it itself."""
+    argv = [*ONLINE, *fashion, "--wandb.mode=offline", "--duration=100000step"]
+    session = train(2, argv, tmp_path, {})
+    wait_for_step(session, tmp_path / "run", 9)
+    for pid in session.rank_pids():
+        os.kill(pid, signal.SIGKILL)
+    assert session.wait() != 0
+    assert not session.left_after(30)
+    rows = history(only((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")))
+    assert compared(rows) == record(tmp_path / "run")
+    assert rows[-1]["step"] >= 9
+    session = train(
+        1, [*argv[:-1], f"--duration={rows[-1]['step'] + 5}step", "--run.allow_change=[duration]"], tmp_path, {}
+    )
+    assert session.wait() == 0, session.log.read_text()[-3000:]
+    rows = history(only((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")))
+    assert compared(rows) == record(tmp_path / "run")
+
+
+def test_a_server_gets_one_run_whatever_interrupts_it(tmp_path: Path, fashion: list[str], server: WandbServer) -> None:
+    """Killed behind its checkpoint, gone on with, then offline for a while, then synchronised: every step once.
+
+    Its times are those of the attempt that came first. Mutations: send all rows on resume; a new id.
+    """
+    argv = [*ONLINE, *fashion, "--wandb.tags=[a, b]", "--wandb.group=g", "--wandb.artifact=best"]
+    argv.append("--lr.schedule.name=constant")  # repeated steps have the same rate, however long the run is
+    session = train(2, [*argv, "--duration=100000step"], tmp_path, variables(server, WANDB_PROJECT="theirs"))
+    wait_for_step(session, tmp_path / "run", 9)
+    while not any(run.lines for run in server.runs.values()):
+        time.sleep(0.1)  # until something has arrived; the session's end is awaited below
+    for pid in session.rank_pids():
+        os.kill(pid, signal.SIGKILL)
+    session.wait()
+    assert not session.left_after(30)
+    name, run = only(server.runs.items())
+    assert run.exit_code == 1
+    assert [alert["title"] for alert in run.alerts] == ["run: killed"]
+    sent = run.history
+    steps = sent[-1]["step"] + 3
+    more = [*argv, f"--duration={steps}step", "--run.allow_change=[duration]"]
+    assert train(2, more, tmp_path, variables(server, WANDB_PROJECT="theirs")).wait() == 0
+    assert only(server.runs) == name
+    assert run.history[: len(sent)] == sent, "a server's history is appended to"
+    assert [row["step"] for row in run.history] == list(range(1, steps + 1))
+    assert compared(run.history, "perf/", "run/") == record(tmp_path / "run", "perf/", "run/")
+    assert [row["run/restarts"] for row in run.history if "run/restarts" in row] == [1]
+    assert (run.exit_code, run.given("project"), run.given("tags"), run.given("groupName")) == (
+        0,
+        "theirs",
+        ["a", "b"],
+        "g",
+    )
+    assert run.config()["batch"] == {"global_batch": 64, "micro_batch": 16}
+    assert run.config()["world"] == 2 and run.config()["plan"]["total_steps"] == steps
+    summary = json.loads(run.summary)
+    assert summary["best"]["top1"] == summary["val/top1"]["max"] == max(metrics(tmp_path / "run", "val/top1"))
+    assert only(server.artifacts)["input"]["artifactCollectionName"] == f"best-{name}"
+    assert f"{tmp_path / 'run'}: 0 steps uploaded" in sync(tmp_path / "run", variables(server))
+    assert len(run.history) == steps
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["silent", pytest.param("refuses", marks=pytest.mark.slow), pytest.param("closed", marks=pytest.mark.slow)],
+)
+def test_where_a_server_does_not_answer_the_run_is_offline_and_uploaded_later(
+    tmp_path: Path, fashion: list[str], server: WandbServer, fault: str
+) -> None:
+    """One line, no wait at the start, the same weights as without W&B; wandb-sync uploads it, each step once.
+
+    Mutations: wait for W&B before the first step; take its weights from a run with a hook.
+    """
+    listener = socket.create_server(("127.0.0.1", 0))  # accepts, by the kernel, and never answers
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    if fault == "closed":
+        listener.close()
+    if fault == "refuses":
+        server.refuses, url = True, server.url
+    session = train(1, [*ONLINE, *fashion, "--wandb.timeout=4"], tmp_path, variables(url))
+    assert session.wait() == 0
+    said = [line for line in session.log.read_text().splitlines() if "W&B" in line]
+    assert not session.left_after(10)
+    assert len(said) == 1 and "offline" in said[0] and f"wandb-sync {tmp_path / 'run'}" in said[0], said
+    rows = history(only((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")))
+    assert compared(rows) == record(tmp_path / "run")
+    assert len(said[0]) < 320 and KEY not in session.log.read_text()
+    listener.close()
+    server.refuses = False
+    assert "20 steps uploaded" in sync(tmp_path / "run", variables(server))
+    assert compared(only(server.runs.values()).history) == record(tmp_path / "run")
+    if fault == "silent":
+        run_jobs(1, [{"name": "without", "argv": [*ONLINE, *fashion, "--wandb.mode=disabled"]}], tmp_path)
+        with_wandb, without = tensors(tmp_path / "run"), tensors(tmp_path / "without")
+        assert all(torch.equal(with_wandb[name], without[name]) for name in without)
+
+
+def test_code_and_secrets_stay_here(tmp_path: Path, fashion: list[str], server: WandbServer) -> None:
+    """Neither the command line, nor differences of the repository, nor any source is sent. Mutation: disable_code."""
+    environment = variables(server, WANDB_SAVE_CODE="true", AWS_SECRET_ACCESS_KEY="planted-secret")
+    assert train(1, [*ONLINE, *fashion], tmp_path, environment).wait() == 0
+    sent = b"\n".join(server.bodies)
+    assert b"planted-secret" not in sent and KEY.encode() not in sent and b"def train(" not in sent
+    assert only(server.runs.values()).files <= {
+        "requirements.txt", "config.yaml", "wandb-metadata.json", "wandb-summary.json", "output.log",
+    } | {name for name in only(server.runs.values()).files if name.startswith("media/")}  # fmt: skip
+
+
+def test_a_stop_is_no_failure_at_wandb(tmp_path: Path, fashion: list[str], server: WandbServer) -> None:
+    """It is marked as preempted, so that a sweep hands it out again. Mutation: exit code 0."""
+    session = train(1, [*ONLINE, *fashion, "--duration=100000step"], tmp_path, variables(server))
+    wait_for_step(session, tmp_path / "run", 6)
+    session.process.send_signal(signal.SIGTERM)
+    assert session.wait() == 3
+    assert not session.left_after(20)
+    run = only(server.runs.values())
+    assert run.preempting and run.exit_code == 1 and not run.alerts
+    assert json.loads(run.summary)["state"] == "stopped"
+
+
+def test_the_offline_file_has_the_config(tmp_path: Path, fashion: list[str]) -> None:
+    argv = [*TINY, *fashion, "--wandb.mode=offline", "--duration=6step"]
+    run_jobs(2, [{"name": "run", "argv": argv}], tmp_path)
+    config = {}
+    for each in records(only((tmp_path / "run").glob("wandb/*run-*/run-*.wandb"))):
+        if each.WhichOneof("record_type") == "run":
+            config |= {update.key: json.loads(update.value_json) for update in each.run.config.update}
+    assert config["batch"] == {"global_batch": 64, "micro_batch": 16}
+    assert config["world"] == 2
+
+
+def test_wandb_sync_says_what_is_wrong(tmp_path: Path, server: WandbServer) -> None:
+    assert f"{tmp_path}: not a run folder" in sync(tmp_path, variables(server))
+    (tmp_path / "config.yaml").write_text("{}")
+    (tmp_path / "env.json").write_text("{}")
+    assert "no metrics yet" in sync(tmp_path, variables(server))
+    assert "no W&B API key" in sync(tmp_path, {"WANDB_BASE_URL": server.url, "HOME": str(tmp_path)})
