@@ -1,5 +1,8 @@
 """Command-line arguments and config files to a config; one formatter for everything that is wrong in them."""
 
+import ast
+import contextlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -128,9 +131,28 @@ def stem(values: Namespace) -> str:
     return Path(str(values.config[0])).stem if values.get("config") else "run"
 
 
+def _with_null(argv: list[str]) -> list[str]:
+    """Python's None is YAML's null, in nested values too: `wandb agent` writes what it found as Python does."""
+    words, before = [], ""
+    for word in argv:
+        name, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        words.append(f"{name}{sign}{_null(value)}" if sign or before.startswith("--") else word)
+        before = "" if sign else word
+    return words
+
+
+def _null(value: str) -> str:
+    if value == "None":
+        return "null"
+    if value.startswith(("{", "[")) and "None" in value:
+        with contextlib.suppress(ValueError, SyntaxError):
+            return json.dumps(ast.literal_eval(value))
+    return value
+
+
 def parse_config(parser: Parser, argv: list[str]) -> tuple[TrainConfig, Namespace]:
     """(the config, all values). Raises UserError for keys and values that cannot be."""
-    argv = _with_config(argv)
+    argv = _with_null(_with_config(argv))
     _check_keys(argv, {action.dest for action in parser._actions} - set(TrainConfig.__dataclass_fields__))
     values = parse(parser, argv)
     built = parser.instantiate_classes(values)

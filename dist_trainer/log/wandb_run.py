@@ -10,8 +10,9 @@ import os
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -48,7 +49,7 @@ class WandbConfig:
     artifact: Literal["best"] | None = None
     """best: the best weights are uploaded at the end."""
     system: Literal["first", "all", "none"] = "first"
-    """Whose load and memory are shown: the first host's, every host's, or none."""
+    """Whose load and memory are shown: the first host's; all: others' too, each as a run of its own in the group."""
     timeout: float = 15.0
     """Seconds that W&B may take to answer, at the start and at the end. Training never waits at the start."""
 
@@ -137,8 +138,22 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {line if len(line) < 120 else line[:117] + '...'}"
 
 
-def _own_names(config: WandbConfig, folder: Path) -> dict[str, Any]:
+def _known_id(folder: Path, patience: float) -> str:
+    """The id that rank 0, on another host, has chosen or is about to choose. Raises TimeoutError."""
+    until = time.monotonic() + patience
+    while not (folder / "wandb_id").exists():
+        if time.monotonic() > until:
+            raise TimeoutError(f"{folder} has no wandb_id")
+        time.sleep(0.1)
+    return (folder / "wandb_id").read_text().strip()
+
+
+def _own_names(config: WandbConfig, folder: Path, run_id: str, label: str | None) -> dict[str, Any]:
     """Arguments of wandb.init, without those that a WANDB_* variable gives."""
+    if config.system == "all":
+        config = replace(config, group=config.group or run_id)
+    if label is not None:
+        config = replace(config, name=f"{config.name or folder.name}: {label}", job_type="host")
     values: dict[str, tuple[str, Any]] = {
         "project": ("WANDB_PROJECT", config.project),
         "entity": ("WANDB_ENTITY", config.entity),
@@ -158,12 +173,13 @@ class WandbRun:
     def __init__(
         self, folder: Path, config: WandbConfig, facts: dict[str, Any], *, mode: str, label: str | None = None
     ) -> None:
-        """`facts` become the run's config. With a `label`, only the load of this host is sent, under that name."""
+        """`facts` become the run's config. With a `label`, the name of another host, this is a run of its own in the
+        same group, which shows that host's load alone: several writers of one run would hide what a resumed one has."""
         os.environ.setdefault("WANDB_SILENT", "true")  # settings come too late for what `login` says
         import wandb
 
         self._folder, self._config, self._is_online = folder, config, mode == "online"
-        self._id = run_id(folder)
+        self._id = run_id(folder) if label is None else _known_id(folder, config.timeout)
         settings = wandb.Settings(
             silent=True,
             console="off",
@@ -175,13 +191,12 @@ class WandbRun:
             save_code=False,
             disable_git=True,
             disable_job_creation=True,
-            **self._of_several_hosts(label),
         )
         self._run: Any = wandb.init(
-            **_own_names(config, folder),
-            id=self._id,
-            mode=settings.mode if settings.mode == "shared" else mode,  # type: ignore[arg-type]
-            resume="allow" if self._is_online and settings.mode != "shared" else None,
+            **_own_names(config, folder, self._id, label),
+            id=f"{self._id}-{label}" if label else self._id,
+            mode=mode,  # type: ignore[arg-type]
+            resume="allow" if self._is_online else None,
             config=facts,
             settings=settings,
         )
@@ -191,24 +206,16 @@ class WandbRun:
             logged = self._run.summary.get("step", -1)
             self.last = max(self._run.starting_step - 1, int(logged))
         self._events: Row = {}
-        self._best: dict[str, dict[str, float]] = {}
+        self._best: dict[str, float] = {}
         if label is None:
             self._define()
 
-    def _of_several_hosts(self, label: str | None) -> dict[str, Any]:
-        if self._config.system != "all" or not self._is_online:
-            return {}
-        if label is None:
-            return {"mode": "shared", "x_primary": True, "x_label": "0"}
-        return {"mode": "shared", "x_primary": False, "x_label": label, "x_update_finish_state": False}
-
     def _define(self) -> None:
-        """The axes: epochs for evaluations, steps for all else. The summary of scores is `_keep_best`'s."""
+        """The axes: epochs for evaluations, steps for all else. `_keep_best` adds the best scores to the summary."""
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("epoch", hidden=True)
         for name in METRICS:
-            summary = "none" if name in VALIDATION else None
-            self._run.define_metric(name, step_metric="epoch" if is_evaluation(name) else "step", summary=summary)
+            self._run.define_metric(name, step_metric="epoch" if is_evaluation(name) else "step")
 
     @property
     def where(self) -> str:
@@ -234,11 +241,11 @@ class WandbRun:
         return count
 
     def _keep_best(self, row: Row) -> None:
-        """W&B's own best value would be that of one attempt."""
+        """val/top1.max, val/loss.min, ... W&B's own best value would be that of one attempt, and hide the last one."""
         for name in row.keys() & VALIDATION.keys():
             kind, better = ("min", min) if name.endswith("/loss") else ("max", max)
-            best = self._best.get(name, {}).get(kind, row[name])
-            self._best[name] = {"last": row[name], kind: better(best, row[name])}
+            best = f"{name}.{kind}"
+            self._best[best] = better(self._best.get(best, row[name]), row[name])
 
     def remove_older(self) -> None:
         """Remove offline files of earlier attempts: this one's holds all their rows."""

@@ -37,7 +37,7 @@ from dist_trainer.run.step_sums import StepSums
 from dist_trainer.run.weights import Weights
 from dist_trainer.run_folder.environment import git_revision
 from dist_trainer.run_folder.folder import RunConfig, RunFolder
-from dist_trainer.run_folder.identity import check_allowed, find_run, identity
+from dist_trainer.run_folder.identity import auto_name, check_allowed, find_run, identity
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema, EmaConfig
 from dist_trainer.tricks.sync_bn import synchronised
@@ -96,11 +96,16 @@ def notes_on(config: TrainConfig, data: RunData, blueprint: Blueprint, world: Wo
 
 
 def choose_folder(config: RunConfig, stem: str, identity_keys: Mapping[str, Any]) -> tuple[str, str]:
-    """(the run's folder, a line about a similar run or ""), as run.name says; on one rank."""
+    """(the run's folder, a line about a similar run or ""), as run.name says; on one rank.
+
+    Under `wandb agent` each trial has its own, named after it: handed out again, it goes on there.
+    """
     check_allowed(config.allow_change)
     root = Path(config.dir).expanduser()
-    if config.name != "auto":
-        return str(root / config.name), ""
+    trial = os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
+    if config.name != "auto" or trial:
+        name = auto_name(stem, identity_keys) if config.name == "auto" else config.name
+        return str(root / (f"{name}-{trial}" if trial else name)), ""
     name, similar = find_run(root, stem, identity_keys, config.allow_change)
     return str(root / name), similar
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import yaml
+
 KEY = "a" * 40
 """Made up."""
 
@@ -51,6 +53,11 @@ class WandbServer:
         self.runs: dict[str, Stored] = {}
         self.refuses = False
         self.artifacts: list[dict[str, Any]] = []
+        self.sweep: dict[str, Any] = {}
+        """The config of a sweep, as its YAML file has it."""
+        self.trials: dict[str, dict[str, Any]] = {}
+        """Those that no agent has yet: W&B run id -> parameters."""
+        self.handed_out: dict[str, dict[str, Any]] = {}
         self.bodies: list[bytes] = []
         self.errors: list[str] = []
         """Requests that it does not understand."""
@@ -82,7 +89,21 @@ class WandbServer:
         if operation == "NotifyScriptableRunAlert" and run is not None:
             run.alerts.append(variables)
             return {"notifyScriptableRunAlert": {"success": True}}
-        return self._artifact_answer(operation, query)
+        return self._sweep_answer(query["query"], variables) or self._artifact_answer(operation, query)
+
+    def _sweep_answer(self, text: str, variables: dict[str, Any]) -> dict[str, Any]:
+        if "query SweepWithRuns(" in text:
+            sweep = {"id": "Uw==", "name": variables["sweep"], "method": "grid", "state": "RUNNING",
+                     "config": yaml.safe_dump(self.sweep), "runs": {"edges": []}}  # fmt: skip
+            return {"project": {"sweep": sweep}}
+        if "query GetSweepState(" in text:
+            return {"project": {"sweep": {"state": "RUNNING"}}}
+        if "createAgent(" in text:
+            return {"createAgent": {"agent": {"id": "QWdlbnQ="}}}
+        if "agentHeartbeat(" in text:
+            commands = [] if json.loads(variables["runState"]) else [self._next_trial()]
+            return {"agentHeartbeat": {"agent": {"id": "QWdlbnQ="}, "commands": json.dumps(commands)}}
+        return {}
 
     def _artifact_answer(self, operation: str, query: dict[str, Any]) -> dict[str, Any]:
         variables = query.get("variables") or {}
@@ -120,6 +141,19 @@ class WandbServer:
         if operation == "CommitArtifact":
             return {"commitArtifact": {"artifact": {"id": "QQ==", "digest": "d"}}}
         return {}
+
+    def _next_trial(self) -> dict[str, Any]:
+        """One that was preempted is handed out again, as W&B does."""
+        for name, run in self.runs.items():
+            if run.preempting and run.exit_code:
+                run.preempting, run.exit_code = False, None
+                return {"type": "run", "run_id": name, "program": "", "args": self.handed_out[name]}
+        if not self.trials:
+            return {"type": "exit"}
+        name, values = next(iter(self.trials.items()))
+        del self.trials[name]
+        self.handed_out[name] = {key: {"value": value} for key, value in values.items()}
+        return {"type": "run", "run_id": name, "program": "", "args": self.handed_out[name]}
 
     def _bucket(self, run: Stored, name: str) -> dict[str, Any]:
         tail = [run.lines[max(run.lines)]] if run.lines else []
