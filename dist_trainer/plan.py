@@ -211,6 +211,14 @@ class Plan:
         # The small term keeps 3 * (1/3 epoch) from falling just below a whole number.
         return math.floor(num_steps / interval + 1e-9) > math.floor((num_steps - 1) / interval + 1e-9)
 
+    def num_due(self, num_steps: int, every: Duration | None) -> int:
+        """How often `due` says yes after `num_steps`, up to the end."""
+        if num_steps >= self.total_steps:
+            return 0
+        last = self.total_steps - 1  # the end itself is always due
+        interval = max(1.0, self.steps(every)) if every is not None else math.inf
+        return math.floor(last / interval + 1e-9) - math.floor(num_steps / interval + 1e-9) + 1
+
     def epoch(self, num_steps: int) -> float:
         """Epochs that `num_steps` steps make."""
         return num_steps / self.steps_per_epoch

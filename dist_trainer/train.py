@@ -38,7 +38,8 @@ def train(run: Run) -> str | None:
             give_up(run, bad_samples.outage)
         if plan.due(progress.step, run.intervals.log):
             sums.finish()
-            run.record.tracker.train(progress.step, training_metrics(run))
+            metrics = training_metrics(run)
+            run.record.tracker.train(progress.step, metrics, run.record.pace.left_s(progress.step))
         if plan.due(progress.step, run.intervals.eval) and not sums.stop:
             validate(run)
         if plan.due(progress.step, run.intervals.checkpoint) or sums.stop:

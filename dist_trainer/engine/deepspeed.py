@@ -6,6 +6,7 @@ Most of this is full optimizer state by parameter name, in and out of a ZeRO eng
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,8 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
     """DeepSpeed's engine around `model`, which stands on its device, in the process group that exists."""
     if device.type == "cpu":
         no_inference_kernels()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not os.environ.get("DIST_TRAINER_VERBOSE"):  # log.verbose; importing it has set a level of its own
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.init_distributed(dist_init_required=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine

@@ -30,6 +30,8 @@ class LogConfig:
     """Write TensorBoard's files too, in the run folder's tensorboard/."""
     csv: bool = False
     """Write metrics.csv too, one row per step."""
+    verbose: bool = False
+    """Show what DeepSpeed and torch say of themselves, too."""
 
 
 class Tracker:
@@ -81,7 +83,8 @@ class Tracker:
         if self._file is not None:
             self._file.write(step, metrics)
 
-    def train(self, step: int, metrics: Metrics) -> None:
+    def train(self, step: int, metrics: Metrics, left_s: float | None) -> None:
+        """Metrics of an interval of training; `left_s`: seconds to the end of the run, if known."""
         self._write(step, metrics)
         if self._world.is_main:
             beyond = metrics.get("train/beyond") or 0
@@ -91,7 +94,7 @@ class Tracker:
                     "sums, a mean of 32: the run goes on, but equal bits on another number of ranks are not sure now"
                 )
                 self._beyond = beyond
-            self.terminal.train_line(step, self._total_steps, metrics)
+            self.terminal.train_line(step, self._total_steps, metrics, left_s)
 
     def evaluation(
         self,

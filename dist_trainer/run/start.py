@@ -30,6 +30,7 @@ from dist_trainer.run.blueprint import Blueprint, make_blueprint
 from dist_trainer.run.claim import Claim, claim_or_initialise
 from dist_trainer.run.data import RunData, Streams, open_data, open_streams
 from dist_trainer.run.hand_over import hand_over, shared_memory_note
+from dist_trainer.run.pace import Pace
 from dist_trainer.run.restore import Saved, load_model, restore
 from dist_trainer.run.start_from import load_optimizer
 from dist_trainer.run.state import Learner, Progress, Record, Run
@@ -206,6 +207,7 @@ def new_record(
         folder=prepared.claim.folder,
         tracker=Tracker(world, prepared.blueprint.plan.total_steps, terminal),
         meter=Meter(),
+        pace=Pace(prepared.blueprint.plan, prepared.blueprint.intervals),
         bad_samples=BadSampleLog(train, max_bad, "train"),
         facts={
             "fingerprint": train.fingerprint,
@@ -250,7 +252,7 @@ def open_logs(
     claim, folder, terminal = prepared.claim, record.folder, record.tracker.terminal
 
     def write() -> list[dict[str, Any]]:
-        folder.write_environment(world.size)
+        folder.write_environment(world.size, prepared.blueprint.plan.total_steps)
         folder.write_config(
             config.as_dict(),
             prepared.identity_keys,

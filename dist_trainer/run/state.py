@@ -18,6 +18,7 @@ from dist_trainer.plan import Plan
 from dist_trainer.run.averaging import Averaging
 from dist_trainer.run.blueprint import Intervals
 from dist_trainer.run.data import Streams
+from dist_trainer.run.pace import Pace
 from dist_trainer.run.step_sums import StepSums
 from dist_trainer.run.weights import Weights
 from dist_trainer.run_folder.folder import RunFolder
@@ -80,6 +81,7 @@ class Record:
     folder: RunFolder
     tracker: Tracker
     meter: Meter
+    pace: Pace
     bad_samples: BadSampleLog
     facts: dict[str, Any]
     """How the run was set up, for its checkpoints."""
@@ -109,6 +111,7 @@ class Run:
         forward_s = self.learner.engine.forward_time.take()
         metrics = self.record.meter.take(forward_s)
         own_s, rest_s = (metrics["perf/seconds_data"] or 0) + forward_s, metrics["perf/seconds_rest"] or 0
+        self.record.pace.trained(self.progress.step, own_s + rest_s)
         return metrics | over_ranks(self.world, own_s, own_s + rest_s)
 
     @contextlib.contextmanager
@@ -122,4 +125,5 @@ class Run:
         finally:
             seconds = time.perf_counter() - start
             self.record.seconds[activity] += seconds
+            self.record.pace.paused(activity, seconds)
             self.record.meter.resume(activity, seconds)

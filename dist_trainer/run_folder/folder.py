@@ -177,9 +177,10 @@ class RunFolder:
         found = read_identity(self.path)
         return found[1] if found is not None else None
 
-    def write_environment(self, world_size: int) -> None:
-        """env.json: enough to know later what ran."""
-        replace_text(self.path / "env.json", json.dumps(describe_environment(world_size), indent=1))
+    def write_environment(self, world_size: int, total_steps: int) -> None:
+        """env.json: enough to know later what ran, and for how long it was meant to."""
+        environment = {**describe_environment(world_size), "total_steps": total_steps}
+        replace_text(self.path / "env.json", json.dumps(environment, indent=1))
 
     def write_state(self, state: State) -> None:
         """STATE: batch scripts decide from it, since exit codes under torchrun are not reliable.

@@ -104,6 +104,7 @@ KEYS: dict[str, First | str] = {
     "log.csv": FREE,
     "log.every": FREE,
     "log.tensorboard": FREE,
+    "log.verbose": FREE,
     "loss.args": First({}),
     "loss.label_smoothing": First(0.0),
     "loss.name": First("cross_entropy"),

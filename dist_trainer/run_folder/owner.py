@@ -131,6 +131,16 @@ class Ownership:
             (self.path / "owner.json").unlink(missing_ok=True)
 
 
+def is_owned(path: Path) -> bool:
+    """Whether a trainer seems to live in the run folder `path`. For people who look: nothing waits or is written."""
+    owner = read_owner(path)
+    if owner is None:
+        return False
+    if owner.get("processes") is not None and owner["processes"] == _process_table():
+        return _process_start(int(owner["pid"])) == owner.get("started")
+    return time.time() - float(owner.get("heartbeat", 0)) < STALE_S
+
+
 def sees_owner(path: Path, token: str, patience_s: float = 10.0) -> bool:
     """Whether the run folder `path`, as this host sees it, is the one that was claimed with `token`.
 

@@ -103,7 +103,7 @@ def test_state_names_the_attempt_that_a_launcher_named(tmp_path: Path, monkeypat
 def test_the_environment_file_holds_no_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They hold secrets. Fails when os.environ is written."""
     monkeypatch.setenv("SOME_SECRET", "swordfish")
-    RunFolder(tmp_path).write_environment(world_size=3)
+    RunFolder(tmp_path).write_environment(world_size=3, total_steps=7)
     text = (tmp_path / "env.json").read_text()
     assert "swordfish" not in text
     assert json.loads(text)["world"] == 3
