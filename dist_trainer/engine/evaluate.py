@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -14,9 +15,11 @@ from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.stream import EvalStream
 from dist_trainer.distributed.collectives import gather_json
 from dist_trainer.distributed.exact_sums import words
+from dist_trainer.distributed.world import World
 from dist_trainer.engine.inference import Inference
 from dist_trainer.errors import UserError, plural
 from dist_trainer.log.console import Terminal
+from dist_trainer.tensors import State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class EvalResult:
     """Mean cross-entropy of the good samples, without label smoothing, whatever the training loss is."""
     bad: tuple[BadSample, ...] = ()
     """Samples that cannot be used; they count as wrong."""
+    own: tuple[torch.Tensor, ...] = ()
+    """This rank's part of `predictions`: ids, predicted classes, confidences."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -60,6 +65,19 @@ class EvalResult:
             "top5": self.correct5 / self.num_samples,
             "loss": self.loss,
         }
+
+
+def predictions(result: EvalResult, index: ShardIndex, world: World) -> State:
+    """What was predicted for each of the N samples of `index`: label, predicted (int32 [N], -1: bad) and confidence
+    (float32 [N], its probability) (collective)."""
+    ids, predicted, confidence = result.own
+    found = torch.zeros(len(index), dtype=torch.int32)
+    sure = torch.zeros(len(index), dtype=torch.float32)
+    found[ids], sure[ids] = predicted + 1, confidence  # each sample is one rank's
+    dist.all_reduce(found, group=world.host_group)
+    dist.all_reduce(sure, group=world.host_group)
+    labels = torch.from_numpy(index.samples["label"].astype(np.int32))
+    return {"label": labels, "predicted": found - 1, "confidence": sure}
 
 
 def center_crop(config: EvalConfig) -> CenterCrop:
@@ -80,6 +98,7 @@ def evaluate(engine: Inference, stream: EvalStream) -> EvalResult:
     sums = torch.zeros(5, dtype=torch.float64, device=engine.world.device)
     bad: list[BadSample] = []
     outages: list[str] = []
+    own: list[tuple[torch.Tensor, ...]] = []
     was_training = engine.module.training
     engine.module.eval()
     try:
@@ -88,6 +107,8 @@ def evaluate(engine: Inference, stream: EvalStream) -> EvalResult:
             labels, weight = batch.labels.to(logits.device), batch.weight.to(logits.device)
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="none")
+            top = logits.max(dim=1)
+            own.append((batch.ids, batch.weight > 0, top.indices, (top.values - logits.logsumexp(dim=1)).exp()))
             seen = weight > 0  # masks instead of indexing, which would wait for the device at every batch
             correct1, correct5 = (hits[:, 0] & seen).sum(), (hits.any(dim=1) & seen).sum()
             bad += batch.bad
@@ -110,7 +131,16 @@ def evaluate(engine: Inference, stream: EvalStream) -> EvalResult:
     if num_bad:
         met = gather_json(engine.world, [asdict(each) for each in bad])
         bad = sorted((BadSample(**each) for rank in met for each in rank), key=lambda each: each.sample)
-    return EvalResult(int(top1), int(top5), stream.num_samples, (loss_sum + loss_rest) / max(counted, 1.0), tuple(bad))
+    loss = (loss_sum + loss_rest) / max(counted, 1.0)
+    return EvalResult(int(top1), int(top5), stream.num_samples, loss, tuple(bad), _own(own))
+
+
+def _own(batches: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    """(ids, predicted classes int32, confidences float32) of this rank's samples, on the host."""
+    if not batches:
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int32), torch.zeros(0)
+    ids, seen, predicted, confidence = (torch.cat(each) for each in zip(*batches, strict=True))
+    return ids[seen], predicted.cpu()[seen].int(), confidence.cpu()[seen].float()
 
 
 def report_bad(

@@ -1,7 +1,7 @@
 """Score weights on the validation set, as they are and with batch-norm re-estimated. The best are kept."""
 
 from dist_trainer.distributed.collectives import on_main
-from dist_trainer.engine.evaluate import EvalResult, evaluate, report_bad
+from dist_trainer.engine.evaluate import EvalResult, evaluate, predictions, report_bad
 from dist_trainer.run.state import Run
 from dist_trainer.run_folder import checkpoint
 from dist_trainer.tensors import State
@@ -38,7 +38,8 @@ def keep_score(run: Run, name: str, result: EvalResult) -> None:
     if metrics["top1"] > progress.best.get("top1", -1.0):
         progress.best = {"weights": name, "step": progress.step, **metrics}
         weights, folder = run.learner.weights.state(), record.folder.best
-        on_main(run.world, lambda: checkpoint.replace_best(folder, weights, progress.best))
+        said = predictions(result, run.streams.val.index, run.world)
+        on_main(run.world, lambda: checkpoint.replace_best(folder, weights, said, progress.best))
     if averaging is not None and (note := averaging.offer(name, progress.step, metrics)):
         record.tracker.terminal.say(note)
     epoch = run.plan.epoch(progress.step)

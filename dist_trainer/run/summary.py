@@ -8,6 +8,7 @@ from dist_trainer.errors import plural
 from dist_trainer.log.names import SCORES
 from dist_trainer.plan import Plan
 from dist_trainer.run.advice import keys_to_turn
+from dist_trainer.run.pictures import draw_predictions
 from dist_trainer.run.promise import promise
 from dist_trainer.run.state import Run
 from dist_trainer.run_folder.environment import git_revision
@@ -43,6 +44,8 @@ def finish_run(run: Run, state: State, reason: str | None = None) -> dict[str, A
         record.tracker.close(is_done=state == "done")  # reads these; W&B may wait for a network
         record.folder.release()
 
+    if state == "done":
+        on_main(run.world, lambda: draw_predictions(run))
     on_main(run.world, close)
     run.streams.close()
     run.learner.engine.close()

@@ -130,9 +130,10 @@ def save(root: Path, step: int, tensors: dict[str, State], state: dict[str, Any]
             shutil.rmtree(other, ignore_errors=True)
 
 
-def replace_best(root: Path, weights: State, metrics: dict[str, Any]) -> None:
-    """Keep `weights` as the best so far, in `root`/step_XXXXXXXX; the former best is removed once they are complete."""
-    save(root, int(metrics["step"]), {"model": weights}, metrics, keep=1)
+def replace_best(root: Path, weights: State, predictions: State, metrics: dict[str, Any]) -> None:
+    """Keep `weights` as the best so far, in `root`/step_XXXXXXXX, with what they said of each validation sample; the
+    former best is removed once they are complete."""
+    save(root, int(metrics["step"]), {"model": weights, "predictions": predictions}, metrics, keep=1)
 
 
 def write_weights(path: Path, weights: State) -> None:

@@ -175,7 +175,7 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoints_whole(tmp_path: Path) 
 def test_best_keeps_one(tmp_path: Path) -> None:
     """Fails when the former best stays, or its metrics are lost."""
     for step, top1 in ((10, 0.5), (30, 0.6)):
-        checkpoint.replace_best(tmp_path, tensors(step)["model"], {"step": step, "top1": top1})
+        checkpoint.replace_best(tmp_path, tensors(step)["model"], {}, {"step": step, "top1": top1})
     assert kept(tmp_path) == [30]
     folder, _ = checkpoint.newest(tmp_path)
     assert folder is not None
