@@ -1,6 +1,6 @@
 """Exact validation: integer counts, one packed sum, the same integers on any world."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +54,7 @@ class EvalResult:
     """Mean cross-entropy of the good samples, without label smoothing, whatever the training loss is."""
     bad: tuple[BadSample, ...] = ()
     """Samples that cannot be used; they count as wrong."""
-    own: tuple[torch.Tensor, ...] = ()
+    own: tuple[torch.Tensor, ...] = field(default=(), compare=False, repr=False)
     """This rank's part of `predictions`: ids, predicted classes, confidences."""
 
     @property

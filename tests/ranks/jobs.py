@@ -154,7 +154,7 @@ def main(world: World, argv: list[str]) -> None:
             result, _ = evaluate_weights(
                 config, Path(job["eval"]), world, Terminal(active=False), job.get("of", "model")
             )
-            (folder / f"{job['name']}.json").write_text(json.dumps(asdict(result)))
+            (folder / f"{job['name']}.json").write_text(json.dumps(asdict(replace(result, own=()))))
             continue
         run = start_run(config, stop, world)
         observe(run, stop, job, folder)
