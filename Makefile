@@ -43,6 +43,11 @@ $(VENV)/installed-test: $(VENV)/installed
 	    slurm="apt-get install -y -qq --no-install-recommends slurm-wlm slurm-wlm-basic-plugins munge iproute2"; \
 	    ($$slurm || (apt-get update -qq; $$slurm)) >/dev/null 2>&1 || true; \
 	  else echo "tests of slurm/ and of several hosts will be skipped: no slurmd or ip, or not root (Debian: slurm-wlm slurm-wlm-basic-plugins munge iproute2)"; fi; fi
+	@if ! command -v chromium >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then export DEBIAN_FRONTEND=noninteractive; \
+	    browser="apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core"; \
+	    ($$browser || (apt-get update -qq; $$browser)) >/dev/null 2>&1 || true; \
+	  else echo "the test of the report's page will be skipped: no chromium (Debian: chromium)"; fi; fi
 	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
 	touch $@
 

@@ -20,7 +20,7 @@ FLOORS = [
     ["engine/", "packing/"],
     ["config/"],
     ["run/"],
-    ["train"],
+    ["train", "report/"],
     ["commands/"],
     ["__main__"],
 ]

@@ -25,6 +25,7 @@ USAGE = """usage: dist-trainer COMMAND ...
   shards index URL... [--out NAME.dtx]      an index of existing tars (a folder, a brace pattern; local or URLs)
   shards check LOCATION [--level decode]    compare shards with their index; lists bad samples
   wandb-sync RUN                            upload a run to W&B, each step once, whatever its attempts have left there
+  report RUN [RUN ...]                      how runs went: one HTML page, and PNG files; they may still train
   runs [DIR] [--watch]                      one line a run: state, step, epoch, best, last sign of life, where
   agent ARGUMENTS                           torchrun that ends as its ranks do, for launch/ and slurm/
   what-follows RUN [--status N]             what a script does next, as STATE says: for slurm/
@@ -89,6 +90,7 @@ COMMANDS = {
     "augment": "augment:command",
     "shards": "shards:command",
     "wandb-sync": "wandb_sync:command",
+    "report": "report:command",
     "runs": "runs:command",
     "agent": "agent:command",
     "what-follows": "what_follows:command",

@@ -252,6 +252,7 @@ def open_logs(
     claim, folder, terminal = prepared.claim, record.folder, record.tracker.terminal
 
     def write() -> list[dict[str, Any]]:
+        folder.write_classes(prepared.data.train.class_names)
         folder.write_environment(world.size, prepared.blueprint.plan.total_steps)
         folder.write_config(
             config.as_dict(),

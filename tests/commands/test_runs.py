@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from running import ROOT
 
-from dist_trainer.commands.runs import find_runs, standing
 from dist_trainer.errors import UserError
 from dist_trainer.log.metrics_file import MetricsFile
+from dist_trainer.report.standing import find_runs, standing
 from dist_trainer.run_folder.folder import RunFolder
 
 
