@@ -45,11 +45,10 @@ def sync(folder: Path) -> str:
     try:
         with Deadline(config.timeout, wait, 1):
             run = WandbRun(folder, config, facts, mode=mode)
-        count = run.show(whole)
+        count = run.show(whole, ending)
         run.remove_older()
         with Deadline(seconds + 60, f"wandb-sync: not done after {seconds + 60:.0f} s; try again", 1):
             if ending.state == "done":
-                run.picture()
                 run.artifact()
             run.close(ending, alerts=False)
     except Exception as error:  # whatever wandb raises

@@ -16,7 +16,7 @@ class CsvTable:
     def __init__(self, path: Path) -> None:
         self._path, self._rows, self._columns = path, list[Row](), list[str]()
 
-    def show(self, rows: list[Row]) -> None:
+    def show(self, rows: list[Row], ending: Ending | None = None) -> None:
         self._rows += rows
         known = {name for row in rows for name in row} | set(self._columns)
         columns = [name for name in ("step", "epoch", *METRICS) if name in known]

@@ -53,7 +53,7 @@ class Task:
 class View(Protocol):
     """A place where rows of whole steps are shown. A new attempt begins it again, from the first row."""
 
-    def show(self, rows: list[Row]) -> Any: ...
+    def show(self, rows: list[Row], ending: Ending | None = None) -> Any: ...
 
     def close(self, ending: Ending) -> None: ...
 
@@ -123,21 +123,20 @@ class WandbView:
             f"wandb-sync {self._folder} uploads it"
         )
 
-    def show(self, rows: list[Row]) -> None:
+    def show(self, rows: list[Row], ending: Ending | None = None) -> None:
         if self._run is not None:
             try:
-                self._run.show(rows)
+                self._run.show(rows, ending)
                 self._run.remove_older()
             except Exception as error:
                 self._give_up(error)
 
     def _keep_results(self, run: WandbRun) -> None:
         try:
-            run.picture()
             if line := run.artifact():
                 tell(say=line)
         except Exception as error:
-            tell(say=f"W&B: the best weights were not kept as an artifact: {describe(error)}")
+            tell(say=f"W&B: the best weights were not uploaded: {describe(error)}")
 
     def close(self, ending: Ending) -> None:
         run = self._run
@@ -184,7 +183,8 @@ def follow(task: Task) -> None:
     ending = read_ending(Path(task.folder))
     rows = list(by_step([*pending, *tail.new()])) if task.label is None else []
     for view in views:  # a server keeps what it has; files are written anew
-        view.show(whole_rows(rows, ending) if isinstance(view, WandbView) and task.mode == "online" else rows)
+        is_server = isinstance(view, WandbView) and task.mode == "online"
+        view.show(whole_rows(rows, ending) if is_server else rows, ending)
         view.close(ending)
 
 

@@ -16,7 +16,7 @@ class TensorBoard:
         shutil.rmtree(folder, ignore_errors=True)
         self._writer = SummaryWriter(str(folder), flush_secs=10)
 
-    def show(self, rows: list[Row]) -> None:
+    def show(self, rows: list[Row], ending: Ending | None = None) -> None:
         for row in rows:
             at = row.get("perf/time")
             for name, value in row.items():

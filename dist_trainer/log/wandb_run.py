@@ -11,7 +11,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -222,19 +222,22 @@ class WandbRun:
         """Its address, or empty."""
         return str(self._run.url) if self._is_online else ""
 
-    def show(self, rows: Iterable[Row]) -> int:
+    def show(self, rows: Sequence[Row], ending: Ending | None = None) -> int:
         """Send rows of whole steps (metrics_file.by_step) after `last`; returns how many.
 
-        Events of steps that the server has already come with the next row.
+        Events of steps that the server has already come with the next row. The last row of a run that is done has the
+        picture of predictions.
         """
         count = 0
+        is_done = ending is not None and ending.state == "done"
         for row in rows:
             self._keep_best(row)
             if row["step"] <= self.last:
                 self._events |= {name: value for name, value in row.items() if name.startswith("run/")}
                 continue
             stamp = {"_timestamp": row["perf/time"]} if "perf/time" in row else {}
-            self._run.log(self._events | row | stamp, step=row["step"], commit=True)
+            picture = self._picture() if is_done and row is rows[-1] else {}
+            self._run.log(self._events | row | stamp | picture, step=row["step"], commit=True)
             self._events, self.last, count = {}, row["step"], count + 1
         if self._best:
             self._run.summary.update(self._best)
@@ -270,13 +273,12 @@ class WandbRun:
         self._run.log_artifact(artifact, aliases=["best"])
         return f"W&B: {best.name} of best/ is artifact best-{self._id}"
 
-    def picture(self) -> None:
+    def _picture(self) -> dict[str, Any]:
         """The grid of validation images with predictions, if the run has drawn it."""
-        file = self._folder / "predictions.png"
-        if file.exists() and "predictions" not in self._run.summary:
-            import wandb
+        import wandb
 
-            self._run.log({"predictions": wandb.Image(str(file))}, commit=True)
+        file = self._folder / "predictions.png"
+        return {"predictions": wandb.Image(str(file))} if file.exists() else {}
 
     def close(self, ending: Ending, *, alerts: bool = True) -> None:
         """Its last words: summary, alert, and how it ended. A stopped run goes on later, so W&B calls it preempted."""

@@ -5,6 +5,7 @@ The server is tests/support/wandb_server.py, on loopback; the client is wandb it
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -132,6 +133,7 @@ def test_a_server_gets_one_run_whatever_interrupts_it(tmp_path: Path, fashion: l
     assert run.config()["world"] == 2 and run.config()["plan"]["total_steps"] == steps
     summary = json.loads(run.summary)
     assert summary["best"]["top1"] == summary["val/top1.max"] == max(metrics(tmp_path / "run", "val/top1"))
+    assert [name for name in run.files if re.fullmatch(r"media/images/predictions_\d+_\w+\.png", name)]
     assert only(server.artifacts)["input"]["artifactCollectionName"] == f"best-{name}"
     assert f"{tmp_path / 'run'}: 0 steps uploaded" in sync(tmp_path / "run", variables(server))
     assert len(run.history) == steps
@@ -170,6 +172,48 @@ def test_where_a_server_does_not_answer_the_run_is_offline_and_uploaded_later(
         run_jobs(1, [{"name": "without", "argv": [*ONLINE, *fashion, "--wandb.mode=disabled"]}], tmp_path)
         with_wandb, without = tensors(tmp_path / "run"), tensors(tmp_path / "without")
         assert all(torch.equal(with_wandb[name], without[name]) for name in without)
+
+
+POISON = ["--model.args={poison: [12, 0]}", "--checkpoint.every=4step", "--checkpoint.keep_last=9"]
+"""NaN at step 7, and in a network that was made anew at the 14th."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_roll_backs_leave_one_run_with_every_step_once(
+    tmp_path: Path, fashion: list[str], server: WandbServer, mode: str
+) -> None:
+    """Two roll-backs of a run on two ranks, in one process each. Offline: value by value. Online, where rows cannot be
+    taken back: each step of the record is there once, and steps go up. Mutation: the second process waits for nothing.
+    """
+    argv = [*(each for each in TINY if "wandb" not in each), *fashion, *POISON, "--engine.not_finite=roll_back"]
+    session = train(2, [*argv, f"--wandb.mode={mode}"], tmp_path, variables(server))
+    assert session.wait() == 0, session.log.read_text()[-3000:]
+    run = tmp_path / "run"
+    assert [row["run/roll_backs"] for row in record(run) if "run/event" in row] == [1, 2]
+    assert sorted(set(metrics(run, "step"))) == [*range(1, 5), *range(8, 13), *range(15, 21)]
+    if mode == "offline":
+        assert compared(history(only(run.glob("wandb/offline-run-*/run-*.wandb")))) == record(run)
+    else:
+        stored = only(server.runs.values())
+        steps = [row["step"] for row in stored.history]
+        assert steps == sorted(set(steps))
+        kept = {row["step"]: row for row in compared(stored.history, "perf/", "run/")}
+        assert [kept[row["step"]] for row in record(run, "perf/", "run/")] == record(run, "perf/", "run/")
+        assert stored.exit_code == 0 and not stored.alerts
+
+
+@pytest.mark.slow
+def test_a_stop_by_a_gradient_that_is_not_finite_is_an_alert(
+    tmp_path: Path, fashion: list[str], server: WandbServer
+) -> None:
+    argv = [*(each for each in TINY if "wandb" not in each), *fashion, *POISON, "--engine.not_finite=stop"]
+    assert train(1, argv, tmp_path, variables(server)).wait() == 2
+    deadline = time.monotonic() + 20
+    while not (run := only(server.runs.values())).alerts and time.monotonic() < deadline:
+        time.sleep(0.1)  # the process that tells outlives the run; the deadline decides
+    (alert,) = run.alerts
+    assert alert["title"] == "run: stopped by an error" and "engine.not_finite: stop" in alert["text"]
 
 
 def test_code_and_secrets_stay_here(tmp_path: Path, fashion: list[str], server: WandbServer) -> None:

@@ -43,8 +43,8 @@ def history(file: Path) -> list[dict[str, Any]]:
 
 
 def compared(rows: Iterable[dict[str, Any]], *but: str) -> list[dict[str, Any]]:
-    """Rows without what W&B adds, and without metrics that begin with one of `but`."""
-    hidden = ("_", *but)
+    """Rows without what W&B adds, without the picture, and without metrics that begin with one of `but`."""
+    hidden = ("_", "predictions", *but)
     return [{name: value for name, value in row.items() if not name.startswith(hidden)} for row in rows]
 
 
