@@ -29,6 +29,7 @@ SCRIPTS = {
     "order": ["200 k, window, 4096 ranks", "200 k, balanced", "index of 200 k, saved"],
     "region": ["11 of 11 crops have the bits of Pillow's", "decoded, resized, against torchvision"],
     "same_bits": ["the same bits on 1, 2, 3, 4 ranks"],
+    "watching": ["W&B, no answer", "the same weights, however it is watched"],
     "tricks": ["base", "Mixup and CutMix, not at the end", "gradient checkpointing"],
 }
 MORE = {"gpu": ["--device", "cpu"]}

@@ -12,13 +12,13 @@ import select
 import signal
 import sys
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from dist_trainer.errors import first_line
 from dist_trainer.log.metrics_file import Row, Tail, by_step
-from dist_trainer.log.wandb_run import Ending, WandbConfig, WandbRun, closing_s, describe, whole_rows
+from dist_trainer.log.wandb_run import Ending, WandbConfig, WandbRun, closing_s, describe, no_answer, whole_rows
 from dist_trainer.storage.flock import lock_file
 
 NO_ANSWER = 75
@@ -101,19 +101,22 @@ class WandbView:
     def __init__(self, task: Task) -> None:
         """Raises SystemExit(NO_ANSWER) where it cannot be online."""
         self._folder, config = Path(task.folder), WandbConfig(**task.wandb)
-        self._config, self._is_online, self._is_host = config, task.mode == "online", task.label is not None
+        self._config, self.is_online, self._is_host = config, task.mode == "online", task.label is not None
         self._run: WandbRun | None = None
         later = f"dist-trainer wandb-sync {self._folder} uploads later"
+        if self.is_online and (why := no_answer(config.timeout)):
+            tell(say=f"W&B: {why}: goes on offline; {later}")
+            task, self.is_online = replace(task, mode="offline"), False
         wait = f"W&B: no answer within {config.timeout:g} s: goes on offline; {later}"
         try:
             with Deadline(config.timeout, wait, NO_ANSWER):
                 self._run = WandbRun(self._folder, config, task.facts, mode=task.mode, label=task.label)
         except Exception as error:
-            if self._is_online:
+            if self.is_online:
                 tell(say=f"W&B: {describe(error)}: goes on offline; {later}")
                 sys.exit(NO_ANSWER)
             self._give_up(error)
-        if self._run is not None and self._is_online and task.label is None:
+        if self._run is not None and self.is_online and task.label is None:
             tell(say=f"W&B: {self._run.where}")
 
     def _give_up(self, error: Exception) -> None:
@@ -183,7 +186,7 @@ def follow(task: Task) -> None:
     ending = read_ending(Path(task.folder))
     rows = list(by_step([*pending, *tail.new()])) if task.label is None else []
     for view in views:  # a server keeps what it has; files are written anew
-        is_server = isinstance(view, WandbView) and task.mode == "online"
+        is_server = isinstance(view, WandbView) and view.is_online
         view.show(whole_rows(rows, ending) if is_server else rows, ending)
         view.close(ending)
 

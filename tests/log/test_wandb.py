@@ -76,6 +76,7 @@ def test_offline_there_is_one_file_with_every_step_once(tmp_path: Path, fashion:
     assert rows[-1]["_timestamp"] == metrics(tmp_path / "run", "perf/time")[-1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_a_whole_file_and_goes_on(tmp_path: Path, fashion: list[str]) -> None:
     """SIGKILL of every rank: what was logged is in the file. Mutation: rank 0 writes it itself."""
     argv = [*ONLINE, *fashion, "--wandb.mode=offline", "--duration=100000step"]
@@ -96,6 +97,7 @@ def test_a_killed_run_leaves_a_whole_file_and_goes_on(tmp_path: Path, fashion: l
     assert compared(rows) == record(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_server_gets_one_run_whatever_interrupts_it(tmp_path: Path, fashion: list[str], server: WandbServer) -> None:
     """Killed behind its checkpoint, gone on with, then offline for a while, then synchronised: every step once.
 
