@@ -33,8 +33,8 @@ MAX_ROLL_BACKS = 3
 def command(argv: list[str]) -> int:
     parser = new_parser("train", "Train, or resume where the run folder stands; evaluate and save.")
     config, values = parse_config(parser, argv)
+    os.environ["DIST_TRAINER_VERBOSE"] = "1" if config.log.verbose else ""
     if config.log.verbose:
-        os.environ["DIST_TRAINER_VERBOSE"] = "1"
         logging.getLogger("torch.distributed").setLevel(logging.INFO)
     with ranks(config.run.timeout + 60) as (world, terminal):
         outcome = train_run(config, stem(values), world, terminal)

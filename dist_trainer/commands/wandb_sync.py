@@ -1,7 +1,9 @@
 """`wandb-sync`: upload a run from its record, each step once, whatever its attempts have left at W&B."""
 
+import contextlib
 import json
 import os
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -37,17 +39,20 @@ def sync(folder: Path) -> str:
     rows = list(by_step(read_rows(folder / "metrics.jsonl")))
     if not rows:
         raise UserError(f"{folder}: metrics.jsonl has no metrics yet; nothing to upload")
-    if lock_file(folder / ".wandb_lock", patience=0) is None:
-        raise UserError(f"{folder}: the run trains and uploads by itself; try again when it has ended")
+    with contextlib.suppress(OSError):  # a folder that cannot be written, or a file system without locks
+        if lock_file(folder / ".wandb_lock", patience=0) is None:
+            raise UserError(f"{folder}: the run trains and uploads by itself; try again when it has ended")
     ending = read_ending(folder)
     whole = whole_rows(rows, ending)
-    wait, seconds = f"wandb-sync: no answer within {config.timeout:g} s; try again later", closing_s(folder, config)
+    seconds = closing_s(folder, config) + 60
+    wait = f"dist-trainer: wandb-sync: no answer within {config.timeout:g} s; try again later"
+    late = f"dist-trainer: wandb-sync: not done after {seconds:.0f} s; try again: what W&B has is not sent twice"
     try:
-        with Deadline(config.timeout, wait, 1):
+        with Deadline(config.timeout, lambda: print(wait, file=sys.stderr, flush=True), 1):
             run = WandbRun(folder, config, facts, mode=mode)
         count = run.show(whole, ending)
         run.remove_older()
-        with Deadline(seconds + 60, f"wandb-sync: not done after {seconds + 60:.0f} s; try again", 1):
+        with Deadline(seconds, lambda: print(late, file=sys.stderr, flush=True), 1):
             if ending.state == "done":
                 run.artifact()
             run.close(ending, alerts=False)

@@ -13,6 +13,8 @@ from dist_trainer.storage.atomic import replace_text
 class CsvTable:
     """Written anew when the first value of a column comes, else appended to."""
 
+    title = "metrics.csv"
+
     def __init__(self, path: Path) -> None:
         self._path, self._rows, self._columns = path, list[Row](), list[str]()
 

@@ -10,13 +10,12 @@ import json
 import os
 import select
 import signal
-import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from dist_trainer.errors import first_line
 from dist_trainer.log.metrics_file import Row, Tail, by_step
 from dist_trainer.log.wandb_run import Ending, WandbConfig, WandbRun, closing_s, describe, no_answer, whole_rows
 from dist_trainer.storage.flock import lock_file
@@ -53,6 +52,8 @@ class Task:
 class View(Protocol):
     """A place where rows of whole steps are shown. A new attempt begins it again, from the first row."""
 
+    title: str
+
     def show(self, rows: list[Row], ending: Ending | None = None) -> Any: ...
 
     def close(self, ending: Ending) -> None: ...
@@ -79,13 +80,13 @@ def read_ending(folder: Path) -> Ending:
 class Deadline:
     """Ends this process if a block takes longer than it may; wandb's calls cannot be interrupted otherwise."""
 
-    def __init__(self, seconds: float, line: str, status: int) -> None:
+    def __init__(self, seconds: float, say: Callable[[], object], status: int) -> None:
         self._timer = threading.Timer(seconds, self._end)
         self._timer.daemon = True
-        self._line, self._status = line, status
+        self._say, self._status = say, status
 
     def _end(self) -> None:
-        tell(say=self._line)
+        self._say()
         os._exit(self._status)
 
     def __enter__(self) -> None:
@@ -95,109 +96,132 @@ class Deadline:
         self._timer.cancel()
 
 
+def title_of_wandb(folder: str) -> str:
+    return f"W&B (dist-trainer wandb-sync {folder} uploads the run later)"
+
+
 class WandbView:
-    """The W&B run, or one line that it failed."""
+    """The run at W&B. Where it cannot be online, it is offline, in this process or in another one."""
 
     def __init__(self, task: Task) -> None:
-        """Raises SystemExit(NO_ANSWER) where it cannot be online."""
-        self._folder, config = Path(task.folder), WandbConfig(**task.wandb)
-        self._config, self.is_online, self._is_host = config, task.mode == "online", task.label is not None
-        self._run: WandbRun | None = None
-        later = f"dist-trainer wandb-sync {self._folder} uploads later"
-        if self.is_online and (why := no_answer(config.timeout)):
-            tell(say=f"W&B: {why}: goes on offline; {later}")
+        self._folder, self._config = Path(task.folder), WandbConfig(**task.wandb)
+        self._is_host, timeout = task.label is not None, self._config.timeout
+        self.is_online = task.mode == "online"
+        self.title = title_of_wandb(task.folder)
+        if self.is_online and (why := no_answer(timeout)):
+            self._tell_offline(why)
             task, self.is_online = replace(task, mode="offline"), False
-        wait = f"W&B: no answer within {config.timeout:g} s: goes on offline; {later}"
+
+        def leave(why: str) -> None:  # not through wandb's atexit, which may wait
+            self._tell_offline(why)
+            os._exit(NO_ANSWER)
+
         try:
-            with Deadline(config.timeout, wait, NO_ANSWER):
-                self._run = WandbRun(self._folder, config, task.facts, mode=task.mode, label=task.label)
+            with Deadline(timeout, lambda: leave(f"no answer within {timeout:g} s"), NO_ANSWER):
+                self._run = WandbRun(self._folder, self._config, task.facts, mode=task.mode, label=task.label)
         except Exception as error:
-            if self.is_online:
-                tell(say=f"W&B: {describe(error)}: goes on offline; {later}")
-                sys.exit(NO_ANSWER)
-            self._give_up(error)
-        if self._run is not None and self.is_online and task.label is None:
+            if not self.is_online:
+                raise
+            leave(describe(error))
+        if self.is_online:
             tell(say=f"W&B: {self._run.where}")
 
-    def _give_up(self, error: Exception) -> None:
-        self._run = None
-        tell(
-            say=f"W&B: {describe(error)}; goes on without it: metrics.jsonl has everything, and dist-trainer "
-            f"wandb-sync {self._folder} uploads it"
-        )
+    def _tell_offline(self, why: str) -> None:
+        tell(say=f"W&B: {why}: goes on offline; dist-trainer wandb-sync {self._folder} uploads later")
 
     def show(self, rows: list[Row], ending: Ending | None = None) -> None:
-        if self._run is not None:
-            try:
-                self._run.show(rows, ending)
-                self._run.remove_older()
-            except Exception as error:
-                self._give_up(error)
+        self._run.show(rows, ending)
+        self._run.remove_older()
 
-    def _keep_results(self, run: WandbRun) -> None:
+    def close(self, ending: Ending) -> None:
+        if self._is_host:
+            ending = Ending("done", {})
+        is_done = ending.state == "done"
+        seconds = closing_s(self._folder, self._config) if is_done and not self._is_host else self._config.timeout
+        missing = f"W&B: not done within {seconds:g} s: dist-trainer wandb-sync {self._folder} uploads what is missing"
+        if is_done:
+            tell(busy=seconds)
+        with Deadline(seconds, lambda: tell(say=missing), 1):
+            if is_done and not self._is_host:
+                self._upload_best()
+            self._run.close(ending)
+
+    def _upload_best(self) -> None:
         try:
-            if line := run.artifact():
+            if line := self._run.artifact():
                 tell(say=line)
         except Exception as error:
             tell(say=f"W&B: the best weights were not uploaded: {describe(error)}")
 
-    def close(self, ending: Ending) -> None:
-        run = self._run
-        if run is None:
-            return
-        seconds = closing_s(self._folder, self._config) if ending.state == "done" else self._config.timeout
-        missing = f"W&B: not done within {seconds:g} s: dist-trainer wandb-sync {self._folder} uploads what is missing"
-        if ending.state == "done":
-            tell(busy=seconds)
-        try:
-            with Deadline(seconds, missing, 1):
-                if self._is_host:
-                    ending = Ending("done", {})
-                elif ending.state == "done":
-                    self._keep_results(run)
-                run.close(ending)
-        except Exception as error:
-            self._give_up(error)
+
+def open_csv(task: Task) -> View:
+    from dist_trainer.log.csv_table import CsvTable
+
+    return CsvTable(Path(task.folder) / "metrics.csv")
 
 
-def open_views(task: Task) -> list[View]:
-    folder, views = Path(task.folder), list[View]()
-    if task.csv:
-        from dist_trainer.log.csv_table import CsvTable
+def open_tensorboard(task: Task) -> View:
+    from dist_trainer.log.tensorboard import TensorBoard
 
-        views.append(CsvTable(folder / "metrics.csv"))
-    if task.tensorboard:
-        from dist_trainer.log.tensorboard import TensorBoard
+    return TensorBoard(Path(task.folder) / "tensorboard")
 
-        views.append(TensorBoard(folder / "tensorboard"))
-    if task.mode != "disabled":
-        views.append(WandbView(task))
-    return views
+
+class Views:
+    """All that a task asks for. One that fails is told of once and left out; the others go on."""
+
+    def __init__(self, task: Task) -> None:
+        self._open: list[View] = []
+        wanted: dict[str, tuple[bool, Callable[[Task], View]]] = {
+            "metrics.csv": (task.csv, open_csv),
+            "tensorboard": (task.tensorboard, open_tensorboard),
+            title_of_wandb(task.folder): (task.mode != "disabled", WandbView),
+        }
+        for title, (is_wanted, open_view) in wanted.items():
+            if is_wanted:
+                try:
+                    self._open.append(open_view(task))
+                except Exception as error:
+                    self._tell(title, error)
+
+    @staticmethod
+    def _tell(title: str, error: Exception) -> None:
+        tell(say=f"{title}: {describe(error)}; goes on without it: metrics.jsonl has everything")
+
+    def each(self, action: Callable[[View], object]) -> None:
+        for view in list(self._open):
+            try:
+                action(view)
+            except Exception as error:
+                self._open.remove(view)
+                self._tell(view.title, error)
 
 
 def follow(task: Task) -> None:
     """Show the record until rank 0 is done or gone."""
     tail, pending = Tail(Path(task.folder) / "metrics.jsonl"), list[Row]()
-    views, is_over = open_views(task), False
+    views, is_over = Views(task), False
     while not is_over:
         is_over = bool(select.select([0], [], [], POLL_S)[0])  # nothing is ever sent: readable means closed
         if task.label is None and not is_over:
             pending = _show_whole(pending + list(tail.new()), views)
     ending = read_ending(Path(task.folder))
     rows = list(by_step([*pending, *tail.new()])) if task.label is None else []
-    for view in views:  # a server keeps what it has; files are written anew
-        is_server = isinstance(view, WandbView) and view.is_online
+
+    def finish(view: View) -> None:
+        is_server = isinstance(view, WandbView) and view.is_online  # keeps what it has; files are written anew
         view.show(whole_rows(rows, ending) if is_server else rows, ending)
         view.close(ending)
 
+    views.each(finish)
 
-def _show_whole(lines: list[Row], views: list[View]) -> list[Row]:
+
+def _show_whole(lines: list[Row], views: Views) -> list[Row]:
     """Show rows of steps that are over; returns the lines of the last one, which may still grow."""
     if not lines:
         return lines
     *rows, last = by_step(lines)
-    for view in views if rows else []:
-        view.show(rows)
+    if rows:
+        views.each(lambda view: view.show(rows))
     return [line for line in lines if line["step"] == last["step"]]
 
 
@@ -206,18 +230,11 @@ def main() -> None:
         signal.signal(getattr(signal, name), signal.SIG_IGN)  # Slurm signals every process; the end comes from rank 0
     os.nice(10)
     task = Task(**json.loads(_first_line(0)))
-    lock = None
-    try:
-        if task.mode == "online" and task.label is None:  # one process at a time continues the run on the server
-            lock = lock_file(Path(task.folder) / ".wandb_lock", patience=2 * float(task.wandb["timeout"]))
-        follow(task)
-    except OSError as error:
-        tell(say=f"log: {first_line(error)}; metrics.jsonl has everything")
-    finally:
-        if lock is not None:
-            os.close(lock)
-    sys.stdout.flush()
-    os._exit(0)  # not through wandb's atexit, which may wait
+    if task.mode == "online" and task.label is None:  # one process at a time continues the run on the server
+        with contextlib.suppress(OSError):  # a file system without locks
+            lock_file(Path(task.folder) / ".wandb_lock", patience=2 * float(task.wandb["timeout"]))
+    follow(task)
+    os._exit(0)  # releases the lock; not through wandb's atexit, which may wait
 
 
 def _first_line(descriptor: int) -> bytes:

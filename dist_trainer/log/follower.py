@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -27,7 +28,8 @@ class Follower:
     def _start(task: Task) -> "subprocess.Popen[str]":
         """In a session of its own: Ctrl-C, or the end of this process group, does not reach it."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "dist_trainer.log.follow"],
+            [sys.executable, "-P", "-m", "dist_trainer.log.follow"],  # imports what this process would, from where
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

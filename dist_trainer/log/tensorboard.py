@@ -12,6 +12,8 @@ from dist_trainer.log.wandb_run import Ending
 class TensorBoard:
     """Event files in `folder`, begun again by each attempt, so that no step is there twice."""
 
+    title = "tensorboard"
+
     def __init__(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         self._writer = SummaryWriter(str(folder), flush_secs=10)

@@ -1,6 +1,7 @@
 """Where metrics go: the terminal and metrics.jsonl, on rank 0. All else follows the file (follow.py). names.py has all
 names."""
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import plural
+from dist_trainer.errors import UserError, plural
 from dist_trainer.log.console import Terminal
 from dist_trainer.log.follow import Task
 from dist_trainer.log.follower import Follower
@@ -32,6 +33,18 @@ class LogConfig:
     """Write metrics.csv too, one row per step."""
     verbose: bool = False
     """Show what DeepSpeed and torch say of themselves, too."""
+
+    def check(self) -> None:
+        """Raises UserError for what needs a package that is not installed."""
+        if self.tensorboard and not _is_installed("tensorboard"):
+            raise UserError("log.tensorboard: needs tensorboard: pip install 'dist_trainer[tensorboard]'")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # half of it
+        return False
 
 
 class Tracker:

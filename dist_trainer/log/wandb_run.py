@@ -5,6 +5,7 @@ attempt writes all rows into its own file, which replaces those before it. So ea
 the attempts. `_step` is the training step. It runs in its own process (follow.py), or in `dist-trainer wandb-sync`.
 """
 
+import errno
 import netrc
 import os
 import secrets
@@ -23,6 +24,8 @@ from dist_trainer.log.metrics_file import Row
 from dist_trainer.log.names import METRICS, VALIDATION, is_evaluation
 from dist_trainer.storage.atomic import replace_text
 
+ROOM = 2**16
+"""Bytes that a disk must have left for offline files."""
 Mode = Literal["online", "offline", "disabled"]
 
 
@@ -195,7 +198,8 @@ class WandbRun:
         import wandb
 
         self._folder, self._config, self._is_online = folder, config, mode == "online"
-        self._id = run_id(folder) if label is None else _known_id(folder, config.timeout)
+        group = run_id(folder) if label is None else _known_id(folder, config.timeout)
+        self._id = group if label is None else f"{group}-{label}"
         settings = wandb.Settings(
             silent=True,
             console="off",
@@ -209,8 +213,8 @@ class WandbRun:
             disable_job_creation=True,
         )
         self._run: Any = wandb.init(
-            **_own_names(config, folder, self._id, label),
-            id=f"{self._id}-{label}" if label else self._id,
+            **_own_names(config, folder, group, label),
+            id=self._id,
             mode=mode,  # type: ignore[arg-type]
             resume="allow" if self._is_online else None,
             config=facts,
@@ -244,6 +248,8 @@ class WandbRun:
         Events of steps that the server has already come with the next row. The last row of a run that is done has the
         picture of predictions.
         """
+        if not self._is_online and shutil.disk_usage(self._run.dir).free < ROOM:  # wandb would lose rows in silence
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._run.dir)
         count = 0
         is_done = ending is not None and ending.state == "done"
         for row in rows:

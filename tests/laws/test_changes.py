@@ -62,7 +62,10 @@ OTHER: dict[str, str] = {
     "eval.interpolation": "bicubic",
     "eval.resize": "26",
     "eval.train_samples": "16",
+    "log.csv": "true",
     "log.every": "1step",
+    "log.tensorboard": "true",
+    "log.verbose": "true",
     "precise_bn.num_samples": "48",
     "precise_bn.transform": "eval",
 }

@@ -1,10 +1,13 @@
 """Rank 0's terminal: what it shows on one, and the time that is left."""
 
 import io
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from running import TINY, Session
 
 from dist_trainer.log.console import display, in_hours
 from dist_trainer.plan import BatchConfig, Duration, Plan, make_plan
@@ -59,3 +62,16 @@ def test_the_time_that_is_left_has_evaluations_and_saves_in_it() -> None:
     assert pace.left_s(20) == pytest.approx(10 * 2 + 2 * 5 + 3)
     assert pace.left_s(30) == 0
     assert in_hours(93784.6) == "1 day, 2:03:05"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verbose", [False, True])
+def test_what_deepspeed_says_of_itself_is_shown_where_asked_for(
+    tmp_path: Path, fashion: list[str], verbose: bool
+) -> None:
+    """Mutation: the key is read after DeepSpeed has begun."""
+    argv = [*TINY, *fashion, f"--run.dir={tmp_path}", "--run.name=run", "--engine.backend=deepspeed"]
+    command = [sys.executable, "-m", "dist_trainer", "train", *argv, f"--log.verbose={verbose}"]
+    session = Session(command, tmp_path / "log")
+    assert session.wait() == 0
+    assert ("DeepSpeed" in session.log.read_text()) == verbose

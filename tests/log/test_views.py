@@ -2,15 +2,21 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from running import TINY, run_jobs
 from wandb_files import record
 
+from dist_trainer.commands.plan import plan_figures
+from dist_trainer.config.arguments import new_parser, parse_config
+from dist_trainer.errors import UserError
 from dist_trainer.log.metrics_file import MetricsFile, Tail, by_step, read_rows
 from dist_trainer.log.names import METRICS
 from dist_trainer.log.wandb_run import Ending, whole_rows
+
+NOWHERE = ["--data.train=here", "--data.val=here", "--batch.global_batch=64", "--model.name=small_resnet"]
 
 
 def test_a_cut_last_line_is_mended(tmp_path: Path) -> None:
@@ -84,6 +90,17 @@ def test_csv_and_tensorboard_hold_the_record(tmp_path: Path, fashion: list[str])
         theirs = [(each.step, each.value) for each in events.Scalars(name)]
         assert theirs == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows if name in row]
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+
+
+def test_an_extra_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is made. Mutation: the process beside rank 0 finds out."""
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(
+        UserError, match=r"^log\.tensorboard: needs tensorboard: pip install 'dist_trainer\[tensorboard\]'$"
+    ):
+        plan_figures(
+            parse_config(new_parser("plan", ""), [*NOWHERE, "--log.tensorboard=true"])[0], "run", num_samples=64
+        )
 
 
 def test_every_metric_of_a_run_is_in_the_table(tmp_path: Path, fashion: list[str]) -> None:

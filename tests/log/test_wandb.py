@@ -6,6 +6,7 @@ The server is tests/support/wandb_server.py, on loopback; the client is wandb it
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -174,6 +175,24 @@ def test_where_a_server_does_not_answer_the_run_is_offline_and_uploaded_later(
         run_jobs(1, [{"name": "without", "argv": [*ONLINE, *fashion, "--wandb.mode=disabled"]}], tmp_path)
         with_wandb, without = tensors(tmp_path / "run"), tensors(tmp_path / "without")
         assert all(torch.equal(with_wandb[name], without[name]) for name in without)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("unshare"), reason="mounting needs root and unshare")
+def test_a_full_disk_of_wandbs_costs_a_line_alone(tmp_path: Path, fashion: list[str], server: WandbServer) -> None:
+    """WANDB_DIR on a file system of 64 kB, a real one. Mutation: no look at what is free, as wandb has none."""
+    full = tmp_path / "full"
+    full.mkdir()
+    argv = ["-m", "dist_trainer", "train", *ONLINE, *fashion, "--wandb.mode=offline", f"--run.dir={tmp_path}"]
+    mounted = f'mount -t tmpfs -o size=64k none {full} && exec "$@"'
+    command = ["unshare", "-m", "bash", "-c", mounted, "_", sys.executable, *argv, "--run.name=run"]
+    session = Session(command, tmp_path / "log", WANDB_DIR=str(full))
+    assert session.wait() == 0
+    assert not session.left_after(20)
+    first, second = [line for line in session.log.read_text().splitlines() if "W&B" in line]
+    assert first.startswith("W&B: offline") and "No space left on device" in second and "wandb-sync" in second
+    assert "20 steps uploaded" in sync(tmp_path / "run", variables(server))
+    assert compared(only(server.runs.values()).history) == record(tmp_path / "run")
 
 
 POISON = ["--model.args={poison: [12, 0]}", "--checkpoint.every=4step", "--checkpoint.keep_last=9"]
