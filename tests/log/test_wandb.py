@@ -22,6 +22,9 @@ from running import TINY, Session, metrics, run_jobs, tensors, torchrun, wait_fo
 from wandb_files import compared, history, record, records
 from wandb_server import KEY, WandbServer, serving
 
+from dist_trainer.commands.main import dispatch
+from dist_trainer.errors import UserError
+
 CLI = [sys.executable, "-m", "dist_trainer"]
 ONLINE = [*(each for each in TINY if "wandb" not in each), "--eval.every=5step", "--checkpoint.every=4step"]
 
@@ -75,6 +78,11 @@ def test_offline_there_is_one_file_with_every_step_once(tmp_path: Path, fashion:
     assert compared(rows) == record(tmp_path / "run")
     assert [row["run/world"] for row in rows if "run/event" in row] == [3, 1]
     assert rows[-1]["_timestamp"] == metrics(tmp_path / "run", "perf/time")[-1]
+    config = {}
+    for each in records(second):
+        if each.WhichOneof("record_type") == "run":
+            config |= {update.key: json.loads(update.value_json) for update in each.run.config.update}
+    assert config["batch"] == {"global_batch": 64, "micro_batch": 16} and config["world"] == 1
 
 
 @pytest.mark.slow
@@ -144,7 +152,7 @@ def test_a_server_gets_one_run_whatever_interrupts_it(tmp_path: Path, fashion: l
 
 @pytest.mark.parametrize(
     "fault",
-    ["silent", pytest.param("refuses", marks=pytest.mark.slow), pytest.param("closed", marks=pytest.mark.slow)],
+    ["refuses", pytest.param("silent", marks=pytest.mark.slow), pytest.param("closed", marks=pytest.mark.slow)],
 )
 def test_where_a_server_does_not_answer_the_run_is_offline_and_uploaded_later(
     tmp_path: Path, fashion: list[str], server: WandbServer, fault: str
@@ -237,20 +245,14 @@ def test_a_stop_by_a_gradient_that_is_not_finite_is_an_alert(
     assert alert["title"] == "run: stopped by an error" and "engine.not_finite: stop" in alert["text"]
 
 
-def test_code_and_secrets_stay_here(tmp_path: Path, fashion: list[str], server: WandbServer) -> None:
-    """Neither the command line, nor differences of the repository, nor any source is sent. Mutation: disable_code."""
+def test_a_stop_is_no_failure_at_wandb_and_code_and_secrets_stay_here(
+    tmp_path: Path, fashion: list[str], server: WandbServer
+) -> None:
+    """It is marked as preempted, so that a sweep hands it out again. Neither the command line, nor differences of the
+    repository, nor any source is sent. Mutations: exit code 0; disable_code is left out.
+    """
     environment = variables(server, WANDB_SAVE_CODE="true", AWS_SECRET_ACCESS_KEY="planted-secret")
-    assert train(1, [*ONLINE, *fashion], tmp_path, environment).wait() == 0
-    sent = b"\n".join(server.bodies)
-    assert b"planted-secret" not in sent and KEY.encode() not in sent and b"def train(" not in sent
-    assert only(server.runs.values()).files <= {
-        "requirements.txt", "config.yaml", "wandb-metadata.json", "wandb-summary.json", "output.log",
-    } | {name for name in only(server.runs.values()).files if name.startswith("media/")}  # fmt: skip
-
-
-def test_a_stop_is_no_failure_at_wandb(tmp_path: Path, fashion: list[str], server: WandbServer) -> None:
-    """It is marked as preempted, so that a sweep hands it out again. Mutation: exit code 0."""
-    session = train(1, [*ONLINE, *fashion, "--duration=100000step"], tmp_path, variables(server))
+    session = train(1, [*ONLINE, *fashion, "--duration=100000step"], tmp_path, environment)
     wait_for_step(session, tmp_path / "run", 6)
     session.process.send_signal(signal.SIGTERM)
     assert session.wait() == 3
@@ -258,22 +260,22 @@ def test_a_stop_is_no_failure_at_wandb(tmp_path: Path, fashion: list[str], serve
     run = only(server.runs.values())
     assert run.preempting and run.exit_code == 1 and not run.alerts
     assert json.loads(run.summary)["state"] == "stopped"
+    sent = b"\n".join(server.bodies)
+    assert b"planted-secret" not in sent and KEY.encode() not in sent and b"def train(" not in sent
+    assert run.files <= {"requirements.txt", "config.yaml", "wandb-metadata.json", "wandb-summary.json", "output.log"}
 
 
-def test_the_offline_file_has_the_config(tmp_path: Path, fashion: list[str]) -> None:
-    argv = [*TINY, *fashion, "--wandb.mode=offline", "--duration=6step"]
-    run_jobs(2, [{"name": "run", "argv": argv}], tmp_path)
-    config = {}
-    for each in records(only((tmp_path / "run").glob("wandb/*run-*/run-*.wandb"))):
-        if each.WhichOneof("record_type") == "run":
-            config |= {update.key: json.loads(update.value_json) for update in each.run.config.update}
-    assert config["batch"] == {"global_batch": 64, "micro_batch": 16}
-    assert config["world"] == 2
-
-
-def test_wandb_sync_says_what_is_wrong(tmp_path: Path, server: WandbServer) -> None:
-    assert f"{tmp_path}: not a run folder" in sync(tmp_path, variables(server))
+def test_wandb_sync_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with pytest.raises(UserError, match=f"{tmp_path}: not a run folder"):
+        dispatch(["wandb-sync", str(tmp_path)])
     (tmp_path / "config.yaml").write_text("{}")
     (tmp_path / "env.json").write_text("{}")
-    assert "no metrics yet" in sync(tmp_path, variables(server))
-    assert "no W&B API key" in sync(tmp_path, {"WANDB_BASE_URL": server.url, "HOME": str(tmp_path)})
+    with pytest.raises(UserError, match="no metrics yet"):
+        dispatch(["wandb-sync", str(tmp_path)])
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match="no W&B API key"):
+        dispatch(["wandb-sync", str(tmp_path)])
