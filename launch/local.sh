@@ -9,8 +9,9 @@ NPROC=$(dist-trainer plan "${@:2}" --show world ${NPROC:+--gpus "$NPROC"})
 # torchrun, but it ends as its ranks do, and it derives threads and addresses.
 dist-trainer agent --standalone --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-0}" -m dist_trainer "$@" &
 pid=$!
-trap 'kill -TERM "$pid" || :' TERM HUP USR1  # torchrun tells its ranks; of SIGUSR1 it would die
-trap : INT                                   # Ctrl-C reaches them by itself
+trap 'kill -TERM "$pid" || :' TERM HUP  # torchrun tells its ranks
+trap 'kill -USR1 "$pid" || :' USR1      # so does the agent, that the time is over: W&B goes on with a trial then
+trap : INT                              # Ctrl-C reaches them by itself
 while :; do  # wait returns early when a trap runs
   wait "$pid" && status=0 || status=$?
   kill -0 "$pid" 2>/dev/null || break

@@ -5,6 +5,7 @@ know of this host is derived here; a variable that is set, and an argument that 
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import psutil
 from torch.distributed import DistError
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -31,9 +33,19 @@ EXIT_BARRIER_S = 10.0
 """How long an agent whose ranks have ended waits for the others; torch's 300 s pass where one was told to stop."""
 
 
+def tell_ranks(number: int, _: object) -> None:
+    """Pass a signal on; torchrun would die of SIGUSR1."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "dist_trainer" in child.cmdline():
+                child.send_signal(number)
+
+
 def command(argv: list[str]) -> int:
     """Raises UserError for an argument that torchrun does not take."""
     status = "done"
+    if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:  # slurm/ ignores it here, since Slurm signals the ranks too
+        signal.signal(signal.SIGUSR1, tell_ranks)
     # Of signals, and of a rendezvous that is gone when an agent leaves it; the ranks have said why they end.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:

@@ -76,7 +76,7 @@ def whole_rows(rows: list[Row], ending: Ending) -> list[Row]:
 
 def has_key() -> bool:
     """Whether a key is set up. Its value is never looked at."""
-    if "WANDB_API_KEY" in os.environ:
+    if "WANDB_API_KEY" in os.environ or "WANDB_IDENTITY_TOKEN_FILE" in os.environ:
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     try:
@@ -113,17 +113,20 @@ def reach(config: WandbConfig) -> tuple[bool, str]:
 
 def no_answer(timeout: float) -> str:
     """Why W&B's server does not answer to a request, or "": far cheaper than what wandb does before it finds out."""
-    import urllib.error
     import urllib.request
 
     request = urllib.request.Request(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"), method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=timeout).close()
-    except urllib.error.HTTPError:
-        return ""  # an answer, too
-    except (OSError, ValueError) as error:
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # an HTTP status is an answer, and so is a certificate of an unknown authority
         reason = getattr(error, "reason", error)
-        return f"no answer within {timeout:g} s" if isinstance(reason, TimeoutError) else describe(error)
+        if isinstance(reason, TimeoutError):
+            return f"no answer within {timeout:g} s"
+        if isinstance(reason, ConnectionError | socket.gaierror):
+            return describe(reason)
     return ""
 
 
@@ -303,13 +306,18 @@ class WandbRun:
         return {"predictions": wandb.Image(str(file))} if file.exists() else {}
 
     def close(self, ending: Ending, *, alerts: bool = True) -> None:
-        """Its last words: summary, alert, and how it ended. A stopped run goes on later, so W&B calls it preempted."""
+        """Its last words: summary, alert, and how it ended.
+
+        A stopped run goes on later, so W&B calls it preempted, and a sweep hands its trial out again. Not one that
+        `wandb agent` has ended, by SIGTERM, since the sweep gave the trial up.
+        """
         for name, value in ending.summary.items():
             self._run.summary[name] = value
         if alerts and ending.state in ALERTS:
             reason = ending.summary.get("reason") if ending.state != "running" else None
             self._run.alert(f"{self._folder.name}: {ALERTS[ending.state]}", reason or "", level="ERROR")
-        if ending.state in ("stopped", "interrupted"):
+        given_up = bool(os.environ.get("WANDB_SWEEP_ID")) and ending.summary.get("reason") in ("SIGTERM", "SIGINT")
+        if ending.state in ("stopped", "interrupted") and not given_up:
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if ending.state == "done" else 1)
 

@@ -203,6 +203,21 @@ def test_a_full_disk_of_wandbs_costs_a_line_alone(tmp_path: Path, fashion: list[
     assert compared(only(server.runs.values()).history) == record(tmp_path / "run")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_trial_that_its_sweep_gave_up_is_not_handed_out_again(
+    tmp_path: Path, fashion: list[str], server: WandbServer, number: signal.Signals
+) -> None:
+    """`wandb agent` ends one by SIGTERM; SIGUSR1 is a time limit. Mutation: every stop is a preemption."""
+    environment = variables(server, WANDB_SWEEP_ID="sweep123", WANDB_RUN_ID="trial1")
+    session = train(1, [*ONLINE, *fashion, "--duration=100000step"], tmp_path, environment)
+    wait_for_step(session, tmp_path / "run-trial1", 6)
+    session.process.send_signal(number)
+    assert session.wait() == 3
+    assert not session.left_after(20)
+    assert server.runs["trial1"].preempting == (number == signal.SIGUSR1)
+
+
 POISON = ["--model.args={poison: [12, 0]}", "--checkpoint.every=4step", "--checkpoint.keep_last=9"]
 """NaN at step 7, and in a network that was made anew at the 14th."""
 
