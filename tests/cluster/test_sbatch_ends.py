@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cluster_jobs import ARGV, ENVIRONMENT, LONG, alone, digests, output, started, state, submit, wait_for, work_folder
 from running import ROOT
+from wandb_files import compared, history, record
 
 from slurm import Slurm, kill, missing, processes, running_slurm, search_path
 
@@ -86,8 +87,8 @@ def test_every_end_from_outside_is_gone_on_from_to_the_same_bits(slurm: Slurm, h
     assert "on 1 rank instead of 2" in output(here, lost)
     assert "requeued after a stop" in output(here, limited) and "started again after a stop" in output(here, refused)
     known = (here / "runs" / "killed" / "wandb_id").read_text()
-    assert {path.name.rpartition("-")[2] for path in here.glob("runs/killed/wandb/offline-run-*")} == {known}
-    assert len(list(here.glob("runs/killed/wandb/offline-run-*"))) == 2
+    (file,) = here.glob(f"runs/killed/wandb/offline-run-*-{known}/run-{known}.wandb")
+    assert compared(history(file)) == record(here / "runs" / "killed")
 
 
 def test_the_container_script_puts_every_step_into_the_image(slurm: Slurm, here: Path) -> None:
