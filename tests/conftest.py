@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session", autouse=True)
 def _end_of_ranks() -> Iterator[None]:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, the ranks that tests start would ignore it, too
     yield
     for pool in POOLS.values():
         pool.close()

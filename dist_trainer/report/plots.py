@@ -54,6 +54,8 @@ def _figure(y_label: str, *, of_runs: int = 1) -> tuple[Figure, Axes]:
 
 
 def _line(axes: Axes, xs: Sequence[float], ys: Sequence[float], label: str, **style: object) -> None:
+    if not xs:
+        return
     x, y = thinned(xs, ys)
     axes.plot(x, y, label=label, marker="o" if len(x) == 1 else None, **style)  # type: ignore[arg-type]
 
@@ -160,9 +162,8 @@ def drawn(runs: list[RunRecord]) -> Iterable[tuple[str, str, Figure]]:
     """(file name, title, figure) of every plot for which some run has values."""
     with mpl.rc_context(STYLE):
         for name, (title, draw, metric) in PLOTS.items():
-            having = [run for run in runs if run.values(metric)[0]]
-            if having:
-                yield name, title, draw(having)
+            if any(run.values(metric)[0] for run in runs):
+                yield name, title, draw(runs)  # all of them: a run has one colour in every plot
 
 
 def svg(figure: Figure, name: str) -> str:

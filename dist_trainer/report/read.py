@@ -78,10 +78,11 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def differing_keys(runs: list[RunRecord]) -> list[tuple[str, list[str]]]:
-    """(key, its value in each run) where values differ, in the order of the table of keys."""
+    """(key, its value in each run) where values differ, but those of where a run lies and is shown."""
     keys = sorted({key for run in runs for key in run.config}, key=lambda key: (key not in KEYS, key))
     shown = [(key, [json.dumps(run.config.get(key)) for run in runs]) for key in keys]
-    return [(key, values) for key, values in shown if len(set(values)) > 1 and key != "run.name"]
+    elsewhere = ("run.dir", "run.name", "wandb.")
+    return [(key, values) for key, values in shown if len(set(values)) > 1 and not key.startswith(elsewhere)]
 
 
 def scored(run: RunRecord) -> dict[str, str]:
