@@ -5,7 +5,6 @@ Most of this is full optimizer state by parameter name, in and out of a ZeRO eng
 """
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +18,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_optimizer_state,
 )
+from deepspeed.utils.logging import set_log_level_from_string
 from torch import nn
 
 from dist_trainer.engine.optimizer_state import check_complete, check_names, decode, encode
@@ -29,8 +29,7 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
     """DeepSpeed's engine around `model`, which stands on its device, in the process group that exists."""
     if device.type == "cpu":
         no_inference_kernels()
-    if not os.environ.get("DIST_TRAINER_VERBOSE"):  # log.verbose; importing it has set a level of its own
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    set_log_level_from_string("info" if os.environ.get("DIST_TRAINER_VERBOSE") else "error")  # log.verbose
     deepspeed.init_distributed(dist_init_required=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine

@@ -70,7 +70,7 @@ def test_what_deepspeed_says_of_itself_is_shown_where_asked_for(
     tmp_path: Path, fashion: list[str], verbose: bool
 ) -> None:
     """Mutation: the key is read after DeepSpeed has begun."""
-    argv = [*TINY, *fashion, f"--run.dir={tmp_path}", "--run.name=run", "--engine.backend=deepspeed"]
+    argv = [*TINY, *fashion, f"--run.dir={tmp_path}", "--run.name=run", "--engine.zero=1"]
     command = [sys.executable, "-m", "dist_trainer", "train", *argv, f"--log.verbose={verbose}"]
     session = Session(command, tmp_path / "log")
     assert session.wait() == 0
