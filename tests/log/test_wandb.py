@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ from wandb_server import KEY, WandbServer, serving
 
 from dist_trainer.commands.main import dispatch
 from dist_trainer.errors import UserError
+from dist_trainer.log.follow import Task
+from dist_trainer.log.follower import Follower
+from dist_trainer.log.metrics_file import MetricsFile
+from dist_trainer.log.wandb_run import WandbConfig
 
 CLI = [sys.executable, "-m", "dist_trainer"]
 ONLINE = [*(each for each in TINY if "wandb" not in each), "--eval.every=5step", "--checkpoint.every=4step"]
@@ -216,6 +221,33 @@ def test_a_trial_that_its_sweep_gave_up_is_not_handed_out_again(
     assert session.wait() == 3
     assert not session.left_after(20)
     assert server.runs["trial1"].preempting == (number == signal.SIGUSR1)
+
+
+@pytest.mark.slow
+def test_another_hosts_load_is_a_run_of_the_same_group(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """wandb.system: all, with both hosts' processes here. Mutation: both write into one run."""
+    for name, value in variables(server).items():
+        monkeypatch.setenv(name, value)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    first = Task(folder=str(folder), mode="online", wandb=asdict(WandbConfig(system="all")), facts={})
+    other = Follower(replace(first, label="node2"), print)  # waits for the id that rank 0 is about to choose
+    (folder / "wandb_id").write_text("abcd1234")
+    main = Follower(first, print)
+    MetricsFile(folder / "metrics.jsonl", 0).write(1, {"epoch": 0.1, "train/loss": 2.0})
+    deadline = time.monotonic() + 40
+    while not all(server.runs.get(name) and server.runs[name].events for name in ("abcd1234", "abcd1234-node2")):
+        assert time.monotonic() < deadline, server.runs.keys()
+        time.sleep(0.1)  # between two looks; the deadline decides
+    (folder / "STATE").write_text("done\n")
+    other.close(20)
+    main.close(20)
+    assert server.runs["abcd1234"].given("groupName") == server.runs["abcd1234-node2"].given("groupName") == "abcd1234"
+    assert [row["step"] for row in server.runs["abcd1234"].history] == [1]
+    assert server.runs["abcd1234-node2"].given("displayName") == "run: node2"
+    assert not server.runs["abcd1234-node2"].history and server.runs["abcd1234-node2"].exit_code == 0
 
 
 POISON = ["--model.args={poison: [12, 0]}", "--checkpoint.every=4step", "--checkpoint.keep_last=9"]
