@@ -20,7 +20,11 @@ def command(argv: list[str]) -> int:
     except ImportError as error:
         raise UserError(f"report: needs {error.name}: pip install 'dist_trainer[report]'") from None
     default = runs[0].folder / "report" if len(runs) == 1 else Path("report")
-    print(write_report(runs, Path(options.out) if options.out else default, options.sort, print))
+    out = Path(options.out) if options.out else default
+    try:
+        print(write_report(runs, out, options.sort, print))
+    except OSError as error:
+        raise UserError(f"--out: cannot write {out}: {error.strerror or error}; name another folder") from None
     return 0
 
 

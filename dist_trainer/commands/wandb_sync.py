@@ -67,6 +67,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text())
         environment = json.loads((folder / "env.json").read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: not a run folder: it has no {Path(error.filename).name}") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}: not a run folder: {error}") from None
+        raise UserError(f"{folder}: cannot be read: {' '.join(str(error).split())}") from None
     return {"wandb": {}, **config, "world": environment.get("world"), "git": environment.get("git")}

@@ -34,8 +34,10 @@ class LogConfig:
     verbose: bool = False
     """Show what DeepSpeed and torch say of themselves, too."""
 
-    def check(self) -> None:
-        """Raises UserError for what needs a package that is not installed."""
+    def check(self, wandb: WandbConfig) -> None:
+        """Raises UserError for what needs a package that is not installed, and for a time that is none."""
+        if not wandb.timeout > 0:
+            raise UserError(f"wandb.timeout: {wandb.timeout:g} is not positive; it is seconds, such as 15")
         if self.tensorboard and not _is_installed("tensorboard"):
             raise UserError("log.tensorboard: needs tensorboard: pip install 'dist_trainer[tensorboard]'")
 

@@ -227,7 +227,7 @@ class WandbRun:
         """The last training step that the server has."""
         if self._run.resumed:
             logged = self._run.summary.get("step", -1)
-            self.last = max(self._run.starting_step - 1, int(logged))
+            self.last = max(self._run.starting_step - 1, int(logged or 0))
         self._events: Row = {}
         self._best: dict[str, float] = {}
         if label is None:

@@ -78,7 +78,7 @@ def make_blueprint(
     augment = build_augment(config, plan)
     center_crop(config.eval)
     config.engine.check()
-    config.log.check()
+    config.log.check(config.wandb)
     if config.model.sync_bn:
         check_sync_bn(plan, config.model.freeze)
     rate = LearningRate(config.lr, plan)

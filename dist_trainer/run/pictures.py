@@ -12,7 +12,7 @@ from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.samples import EvalSamples
 from dist_trainer.draws import permute
 from dist_trainer.engine.evaluate import center_crop
-from dist_trainer.errors import UserError
+from dist_trainer.errors import UserError, first_line
 from dist_trainer.run.state import Run
 from dist_trainer.run_folder import checkpoint
 from dist_trainer.tensors import State
@@ -74,7 +74,7 @@ def captions(index: ShardIndex, said: State, ids: list[int]) -> list[tuple[str, 
 def draw_predictions(run: Run) -> None:
     """predictions.png in the run folder, on one rank: two rows of samples drawn at random, two of the surest mistakes.
 
-    Storage that cannot be reached costs the picture, with a line, and nothing else.
+    What goes wrong here costs the picture, with a line, and nothing else.
     """
     said, index, terminal = best_predictions(run.record.folder.path), run.streams.val.index, run.record.tracker.terminal
     if said is None or len(said["label"]) != len(index):
@@ -85,8 +85,8 @@ def draw_predictions(run: Run) -> None:
         grid(pictures(run.config, index, ids), captions(index, said, ids)).save(
             run.record.folder.path / "predictions.png"
         )
-    except (UserError, OSError) as error:
-        terminal.say(f"warning: predictions.png was not drawn: {error}")
+    except Exception as error:  # whatever it is: a picture must not cost a run that is done
+        terminal.say(f"warning: predictions.png was not drawn: {first_line(error)}")
 
 
 def grid(images: list[Image.Image], texts: list[tuple[str, str]], columns: int = 8) -> Image.Image:

@@ -92,6 +92,13 @@ def test_csv_and_tensorboard_hold_the_record(tmp_path: Path, fashion: list[str])
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", ".nan"])
+def test_a_time_that_is_none_is_refused(seconds: str) -> None:
+    config, _ = parse_config(new_parser("plan", ""), [*NOWHERE, f"--wandb.timeout={seconds}"])
+    with pytest.raises(UserError, match=r"^wandb\.timeout: \S+ is not positive"):
+        plan_figures(config, "run", num_samples=64)
+
+
 def test_an_extra_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is made. Mutation: the process beside rank 0 finds out."""
     monkeypatch.setitem(sys.modules, "tensorboard", None)

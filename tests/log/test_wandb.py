@@ -121,8 +121,10 @@ def test_a_server_gets_one_run_whatever_interrupts_it(tmp_path: Path, fashion: l
     argv.append("--lr.schedule.name=constant")  # repeated steps have the same rate, however long the run is
     session = train(2, [*argv, "--duration=100000step"], tmp_path, variables(server, WANDB_PROJECT="theirs"))
     wait_for_step(session, tmp_path / "run", 9)
+    deadline = time.monotonic() + 60
     while not any(run.lines for run in server.runs.values()):
-        time.sleep(0.1)  # until something has arrived; the session's end is awaited below
+        assert time.monotonic() < deadline, session.log.read_text()[-3000:]
+        time.sleep(0.1)  # between two looks; the deadline decides
     for pid in session.rank_pids():
         os.kill(pid, signal.SIGKILL)
     session.wait()

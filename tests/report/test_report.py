@@ -178,6 +178,9 @@ def test_mistakes_cost_one_line(tmp_path: Path, runs: list[Path], monkeypatch: p
     """A folder that is no run, one without metrics, other classes, one name twice, no such metric, no matplotlib."""
     with pytest.raises(UserError, match=f"^{tmp_path}: not a run folder"):
         dispatch(["report", str(tmp_path)])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"^--out: cannot write {tmp_path}/file: "):
+        dispatch(["report", str(runs[0]), "--out", str(tmp_path / "file")])
     other = tmp_path / "other"
     shutil.copytree(runs[1], other)
     (other / "classes.json").write_text(json.dumps(["cat", "dog"]))
