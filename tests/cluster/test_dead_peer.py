@@ -59,5 +59,6 @@ def test_a_stop_that_no_step_follows_ends_the_rank_with_its_line(tmp_path: Path)
         assert f": SIGTERM, and no progress for {STOP_S:g} s, as when another rank is gone: ended; the last" in line
         run = session.log.parent / "here" / "runs" / "run"
         assert (run / "STATE").read_text() == "fault\n"
-        assert "train_step" in (run / "stacks" / "rank-0.txt").read_text()
+        stack = (run / "stacks" / "rank-0.txt").read_text()
+        assert " in train\n" in stack, stack  # the loop; which of its collectives depends on when rank 1 was frozen
         assert not session.left_after(15)
