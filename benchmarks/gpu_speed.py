@@ -205,7 +205,7 @@ def other_rows(task: Task, world: World, quick: bool) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         tensors = {"model": engine.model_state(), "optim": engine.optimizer_state(), "ema": run.learner.ema.weights}
-        checkpoint.save(Path(folder), 1, tensors, {}, 1)
+        checkpoint.save(Path(folder), 1, tensors, {})
         rows["save of weights, optimizer and average"] = figure(time.perf_counter() - start)
     if world.device.type == "cuda" and hasattr(torch.cuda, "host_memory_stats"):
         pinned = torch.cuda.host_memory_stats().get("allocated_bytes.peak")

@@ -39,6 +39,12 @@ def plural(number: float, noun: str) -> str:
     return f"{figure} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
 
+def readable_size(num_bytes: float) -> str:
+    """Such as 849 MB."""
+    scale, unit = next((each for each in ((1e9, "GB"), (1e6, "MB")) if num_bytes >= each[0]), (1e3, "kB"))
+    return f"{num_bytes / scale:.3g} {unit}"
+
+
 def first_line(error: Exception) -> str:
     """The first line of another library's exception, for a message of one line."""
     return str(error).strip().partition("\n")[0]

@@ -211,6 +211,12 @@ class Plan:
         # The small term keeps 3 * (1/3 epoch) from falling just below a whole number.
         return math.floor(num_steps / interval + 1e-9) > math.floor((num_steps - 1) / interval + 1e-9)
 
+    def is_nth(self, num_steps: int, every: Duration | None, n: int) -> bool:
+        """Whether what is due after `num_steps` steps is the n-th, the 2n-th, ... of its kind."""
+        if every is None or not n or not self.due(num_steps, every):
+            return False
+        return math.floor(num_steps / max(1.0, self.steps(every)) + 1e-9) % n == 0
+
     def num_due(self, num_steps: int, every: Duration | None) -> int:
         """How often `due` says yes after `num_steps`, up to the end."""
         if num_steps >= self.total_steps:

@@ -46,9 +46,16 @@ def sha256(state: State) -> str:
 
 def bit_sums(values: Iterable[torch.Tensor]) -> torch.Tensor:
     """int64 [n]: a sum of each tensor's bits, which a single wrong bit changes. One pass, on the tensors' device."""
-    flat = (value.detach().contiguous().reshape(-1) for value in values)
-    as_integers = (each.view(torch.int32 if each.element_size() == 4 else torch.uint8) for each in flat)
+    flat = (_in_memory_order(value.detach()) for value in values)
+    as_integers = (each.view(torch.uint8).view(torch.int64 if each.nbytes % 8 == 0 else torch.uint8) for each in flat)
     return torch.stack([each.sum(dtype=torch.int64) for each in as_integers])
+
+
+def _in_memory_order(value: torch.Tensor) -> torch.Tensor:
+    """All elements as 1-d, in any order: channels_last weights are not copied."""
+    if value.untyped_storage().nbytes() == value.nbytes:
+        return value.as_strided((value.numel(),), (1,))
+    return value.contiguous().reshape(-1)
 
 
 def kind(value: torch.Tensor) -> str:

@@ -2,16 +2,15 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from dist_trainer.data.batch import Batch
-from dist_trainer.distributed.collectives import on_main
 from dist_trainer.errors import LocalError, UserError
+from dist_trainer.run.saving import hear, save
 from dist_trainer.run.scoring import score_all, score_average
 from dist_trainer.run.state import Run
-from dist_trainer.run.step_sums import Stopped
+from dist_trainer.run.step_sums import CANNOT_SAVE, Stopped
 from dist_trainer.run.summary import finish_run
-from dist_trainer.run_folder import checkpoint
 
 MAX_SKIPPED_IN_A_ROW = 20
 
@@ -30,10 +29,12 @@ def train(run: Run) -> str | None:
     if plan.due(progress.step, run.intervals.eval) and progress.evaluated_step < progress.step:
         validate(run)  # a stop or a failure came between a step and its evaluation
         if sums.stop:
+            return stop(run)
+        if plan.due(progress.step, run.intervals.checkpoint):
             save(run)
-            return sums.stop
     for step, batches in run.streams.train.steps(start=progress.step):
         train_step(run, step, batches)
+        hear(run)
         if bad_samples.outage:
             give_up(run, bad_samples.outage)
         if plan.due(progress.step, run.intervals.log):
@@ -42,10 +43,10 @@ def train(run: Run) -> str | None:
             run.record.tracker.train(progress.step, metrics, run.record.pace.left_s(progress.step))
         if plan.due(progress.step, run.intervals.eval) and not sums.stop:
             validate(run)
-        if plan.due(progress.step, run.intervals.checkpoint) or sums.stop:
-            save(run)
         if sums.stop:
-            return sums.stop
+            return stop(run)
+        if plan.due(progress.step, run.intervals.checkpoint):
+            save(run)
         if bad_samples.over_budget:
             give_up(run, bad_samples.over_budget)
         if progress.skipped_in_a_row:
@@ -119,34 +120,13 @@ def scoring(run: Run) -> Iterator[None]:
         give_up(run, str(error))
 
 
-def save(run: Run) -> None:
-    """Commit a checkpoint of this very step (collective)."""
-    learner, record, progress = run.learner, run.record, run.progress
-    with run.paused("save"):
-        learner.weights.check_ranks()
-        learner.batch_norm.publish()
-        tensors = {"model": learner.weights.state(), "optim": learner.engine.optimizer_state()}
-        if learner.ema is not None:
-            tensors["ema"] = learner.weights.ema_state()
-        if progress.evaluated_step == progress.step:
-            tensors |= {f"bn_{name}": statistics for name, statistics in learner.weights.re_estimated.items()}
-        state: dict[str, Any] = {
-            **record.facts,
-            **progress.as_dict(run.plan),
-            "beyond": run.sums.num_beyond,
-            "meter": record.meter.state(),
-            "bad_samples": record.bad_samples.state(),
-        }
-
-        def commit() -> None:
-            record.folder.check_owner()
-            root = record.folder.checkpoints
-            checkpoint.save(root, progress.step, tensors, state, run.config.checkpoint.keep_last)
-            if learner.averaging is not None:
-                kept = checkpoint.complete(root)
-                learner.averaging.commit(checkpoint.load_state(each)["evaluated_step"] for each in kept)
-
-        on_main(run.world, commit)
+def stop(run: Run) -> str:
+    """Every rank stops after this step: save, unless that is what failed. Returns the signal."""
+    assert run.sums.stop is not None
+    if run.sums.stop == CANNOT_SAVE:
+        finish_run(run, "failed")  # raises
+    save(run)
+    return run.sums.stop
 
 
 def not_finite(run: Run) -> None:

@@ -10,14 +10,14 @@ from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.stream import num_workers
 from dist_trainer.distributed.world import World, alone, devices
-from dist_trainer.errors import UserError, nearest, plural
+from dist_trainer.errors import UserError, nearest, plural, readable_size
 from dist_trainer.log.console import Terminal
 from dist_trainer.models.pretrained import advised_rate, find_pretrained
 from dist_trainer.plan import largest_world, num_slots
 from dist_trainer.run.advice import num_parameters, warnings
 from dist_trainer.run.blueprint import make_blueprint
 from dist_trainer.run.data import open_data
-from dist_trainer.run.hand_over import hand_over, in_words
+from dist_trainer.run.hand_over import hand_over
 from dist_trainer.run.promise import promise
 from dist_trainer.run.start import choose_folder
 from dist_trainer.run.start_from import find_source
@@ -148,10 +148,12 @@ def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         + (f"; {f['lr_scale_least']:.2g} of it in the first layer" if f["lr_scale_least"] < 1 else ""),
     }
     if f["pinned_bytes_per_rank"] is not None:
-        shared = f"{in_words(f['shared_bytes_per_rank'])} of /dev/shm" if f["shared_bytes_per_rank"] else "no /dev/shm"
+        shared = (
+            f"{readable_size(f['shared_bytes_per_rank'])} of /dev/shm" if f["shared_bytes_per_rank"] else "no /dev/shm"
+        )
         rows["host memory"] = (
             f"per rank at most {shared}, with the loader processes of a host like this one; on a GPU "
-            f"{in_words(f['pinned_bytes_per_rank'])} pinned"
+            f"{readable_size(f['pinned_bytes_per_rank'])} pinned"
         )
     if "lr_advised" in f:
         per_256 = f["lr_peak"] * 256 / f["global_batch"]

@@ -79,6 +79,7 @@ def make_blueprint(
     center_crop(config.eval)
     config.engine.check()
     config.log.check(config.wandb)
+    config.checkpoint.check()
     if config.model.sync_bn:
         check_sync_bn(plan, config.model.freeze)
     rate = LearningRate(config.lr, plan)

@@ -132,8 +132,6 @@ def claim_on_main(
     config: TrainConfig, folder: RunFolder, identity_keys: dict[str, Any], terminal: Terminal
 ) -> dict[str, Any]:
     """The same on rank 0, as JSON can hold it; "token" tells this claim from others."""
-    if config.checkpoint.keep_last < 1:
-        raise UserError(f"checkpoint.keep_last: {config.checkpoint.keep_last}; keep at least 1 to resume from")
     folder.claim(terminal.say)
     changed, before = folder.check_identity(identity_keys, config.run.allow_change), folder.last_start()
     found = {

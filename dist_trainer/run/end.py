@@ -1,6 +1,7 @@
 """The end of a run that does not come to `finish_run`: recorded in its folder, whatever it is and whenever it comes."""
 
 import contextlib
+import time
 import traceback
 
 import torch
@@ -66,6 +67,7 @@ class End:
         Raises LocalError for what the user can mend.
         """
         silence_loaders()
+        self._last_writes()
         if isinstance(error, UserError):
             (self.record if isinstance(error, LocalError) else self.record_on_main)("mistake", str(error))
         elif line := self._out_of_memory(error) or loader_fault(error):
@@ -76,6 +78,13 @@ class End:
             self.record_on_main("fault", line)
         else:
             self.record("fault", nccl_fault(error) or f"{type(error).__name__}: {first_line(error)}")
+
+    def _last_writes(self) -> None:
+        """What was handed over before the error is whole: let it become a checkpoint."""
+        if self._run is not None and self._world.is_main:
+            with contextlib.suppress(Exception):
+                until = time.monotonic() + self._run.config.checkpoint.grace
+                self._run.record.folder.writer.finish(until)
 
     def _out_of_memory(self, error: Exception) -> str | None:
         """One line if that is what `error` says: what did not fit, and what to change."""

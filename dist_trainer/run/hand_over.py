@@ -16,7 +16,7 @@ from dist_trainer.data.augment import Augment
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.stream import AHEAD, num_workers
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import LocalError, plural
+from dist_trainer.errors import LocalError, plural, readable_size
 from dist_trainer.run.blueprint import image_sizes
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -55,12 +55,6 @@ def hand_over(
     return HandOver(loaded * (batch + scored), workers * batch, pinned)
 
 
-def in_words(num_bytes: float) -> str:
-    """Such as 849 MB."""
-    scale, unit = next((each for each in ((1e9, "GB"), (1e6, "MB")) if num_bytes >= each[0]), (1e3, "kB"))
-    return f"{num_bytes / scale:.3g} {unit}"
-
-
 def _power_of_two(num_bytes: int) -> int:
     return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
 
@@ -78,12 +72,12 @@ def shared_memory_note(needs: HandOver | None, config: TrainConfig, world: World
     remedy = "enlarge it (docker --shm-size, or -v /dev/shm:/dev/shm), lower data.workers, or set it to 0"
     if ranks * needs.shared_at_once > total:
         raise LocalError(
-            f"data.workers: {who} {SHARED_MEMORY}, {in_words(ranks * needs.shared_at_once)} at a time, and it has "
-            f"{in_words(total)}: {remedy}"
+            f"data.workers: {who} {SHARED_MEMORY}, {readable_size(ranks * needs.shared_at_once)} at a time, and it has "
+            f"{readable_size(total)}: {remedy}"
         )
     if ranks * needs.shared > free:
         return (
-            f"data.workers: {who} {SHARED_MEMORY}, up to {in_words(ranks * needs.shared)}, and "
-            f"{in_words(free)} are free: {remedy}"
+            f"data.workers: {who} {SHARED_MEMORY}, up to {readable_size(ranks * needs.shared)}, and "
+            f"{readable_size(free)} are free: {remedy}"
         )
     return None

@@ -1,5 +1,7 @@
 """Score weights on the validation set, as they are and with batch-norm re-estimated. The best are kept."""
 
+from collections.abc import Callable
+
 from dist_trainer.distributed.collectives import on_main
 from dist_trainer.engine.evaluate import EvalResult, evaluate, predictions, report_bad
 from dist_trainer.run.state import Run
@@ -39,9 +41,10 @@ def keep_score(run: Run, name: str, result: EvalResult) -> None:
         progress.best = {"weights": name, "step": progress.step, **metrics}
         weights, folder = run.learner.weights.state(), record.folder.best
         said = predictions(result, run.streams.val.index, run.world)
-        on_main(run.world, lambda: checkpoint.replace_best(folder, weights, said, progress.best))
-    if averaging is not None and (note := averaging.offer(name, progress.step, metrics)):
-        record.tracker.terminal.say(note)
+        best, tensors = progress.best, {"model": weights, "predictions": said}
+        keep_behind(run, "best", tensors, lambda copies: checkpoint.save(folder, best["step"], copies, best))
+    if averaging is not None:
+        averaging.offer(name, progress.step, metrics)
     epoch = run.plan.epoch(progress.step)
     record.tracker.evaluation(progress.step, epoch, name, metrics, result.num_samples, progress.best)
 
@@ -72,4 +75,10 @@ def score_average(run: Run) -> None:
     statistics = weights.re_estimated.get("average", {})
     metrics = {name: each for name, each in run.progress.last.items() if name.startswith("average")}
     tensors, folder = {"model": state | statistics}, run.record.folder.average
-    on_main(run.world, lambda: checkpoint.save(folder, run.progress.step, tensors, metrics, keep=1))
+    step = run.progress.step
+    keep_behind(run, "average", tensors, lambda copies: checkpoint.save(folder, step, copies, metrics))
+
+
+def keep_behind(run: Run, kind: str, tensors: dict[str, State], write: Callable[[dict[str, State]], None]) -> None:
+    """Hand weights of this step to the folder's writer (collective)."""
+    on_main(run.world, lambda: run.record.folder.writer.submit(kind, run.progress.step, tensors, write))

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -14,7 +14,7 @@ from dist_trainer.data.stream import FixedSampleStream, num_workers
 from dist_trainer.distributed.collectives import on_main
 from dist_trainer.distributed.processes import ATTEMPT, StopRequest
 from dist_trainer.distributed.world import World
-from dist_trainer.engine.base import Engine, EngineConfig
+from dist_trainer.engine.base import Engine
 from dist_trainer.engine.build import build_engine
 from dist_trainer.engine.inference import Preprocess
 from dist_trainer.engine.numerics import precision_note, set_numerics
@@ -32,6 +32,7 @@ from dist_trainer.run.data import RunData, Streams, open_data, open_streams
 from dist_trainer.run.hand_over import hand_over, shared_memory_note
 from dist_trainer.run.pace import Pace
 from dist_trainer.run.restore import Saved, load_model, restore
+from dist_trainer.run.saving import retention_of
 from dist_trainer.run.start_from import load_optimizer
 from dist_trainer.run.state import Learner, Progress, Record, Run
 from dist_trainer.run.step_sums import StepSums
@@ -77,7 +78,7 @@ def prepare_run(config: TrainConfig, *, stem: str, world: World, terminal: Termi
     claim = claim_or_initialise(
         config,
         model=blueprint.model,
-        folder=RunFolder(Path(folder)),
+        folder=RunFolder(Path(folder), config.checkpoint),
         identity_keys=identity_keys,
         world=world,
         terminal=terminal,
@@ -129,7 +130,7 @@ def build_run(
     if claim.checkpoint is not None:
         saved = load_model(claim.checkpoint, blueprint.model, config, world)
     learner = build_learner(config, blueprint, bn_samples=streams.bn_samples, folder=claim.folder, world=world)
-    record = new_record(prepared, engine=config.engine, max_bad=config.data.max_bad, world=world, terminal=terminal)
+    record = new_record(prepared, config=config, weights=learner.weights, world=world, terminal=terminal)
     if saved is not None:
         progress = go_on(saved, prepared, config=config, learner=learner, record=record, world=world)
     elif claim.source is not None and claim.source.with_optimizer:
@@ -179,7 +180,7 @@ def build_learner(
     batch_norm = RunningStatistics(engine.module, engine.is_exact)
     ema = build_ema(config.ema, engine, batch_norm, blueprint.ema_start, blueprint.plan.total_steps)
     weights = Weights(engine, batch_norm, ema, bn_samples)
-    averaging = Averaging(config.averaging, weights, folder.snapshots, world) if config.averaging.top_k else None
+    averaging = Averaging(config.averaging, weights, folder, world) if config.averaging.top_k else None
     return Learner(
         engine=engine,
         learning_rate=blueprint.learning_rate,
@@ -199,23 +200,24 @@ def build_ema(config: EmaConfig, engine: Engine, batch_norm: RunningStatistics, 
 
 
 def new_record(
-    prepared: PreparedRun, *, engine: EngineConfig, max_bad: int | Literal["auto"], world: World, terminal: Terminal
+    prepared: PreparedRun, *, config: TrainConfig, weights: Weights, world: World, terminal: Terminal
 ) -> Record:
-    """The record of a run before its first step."""
-    train = prepared.data.train
+    """The record of a run before its first step. Raises UserError for a metric that is not logged."""
+    train, blueprint = prepared.data.train, prepared.blueprint
     return Record(
         folder=prepared.claim.folder,
-        tracker=Tracker(world, prepared.blueprint.plan.total_steps, terminal),
+        tracker=Tracker(world, blueprint.plan.total_steps, terminal),
         meter=Meter(),
-        pace=Pace(prepared.blueprint.plan, prepared.blueprint.intervals),
-        bad_samples=BadSampleLog(train, max_bad, "train"),
+        pace=Pace(blueprint.plan, blueprint.intervals),
+        bad_samples=BadSampleLog(train, config.data.max_bad, "train"),
+        retention=retention_of(config.checkpoint, weights, blueprint.plan, blueprint.intervals),
         facts={
             "fingerprint": train.fingerprint,
             "val_fingerprint": prepared.data.val_fingerprint,
             "order": asdict(prepared.streams.train.spec),
             "world": world.size,
             "threads": torch.get_num_threads(),
-            "engine": asdict(engine),
+            "engine": asdict(config.engine),
             "torch": torch.__version__,
         },
     )

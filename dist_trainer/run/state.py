@@ -22,6 +22,7 @@ from dist_trainer.run.pace import Pace
 from dist_trainer.run.step_sums import StepSums
 from dist_trainer.run.weights import Weights
 from dist_trainer.run_folder.folder import RunFolder
+from dist_trainer.run_folder.retention import Retention
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema
 from dist_trainer.tricks.learning_rate import LearningRate
@@ -83,6 +84,7 @@ class Record:
     meter: Meter
     pace: Pace
     bad_samples: BadSampleLog
+    retention: Retention
     facts: dict[str, Any]
     """How the run was set up, for its checkpoints."""
     started: float = field(default_factory=time.perf_counter)

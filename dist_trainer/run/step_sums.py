@@ -1,5 +1,6 @@
 """One asynchronous sum over the ranks per step: loss, counts, stop votes, batch-norm sums."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,10 @@ from dist_trainer.log.meter import Meter
 from dist_trainer.plan import Plan
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema
+
+CANNOT_SAVE = "checkpoints that failed"
+"""Asks all ranks to stop, as a signal does."""
+VOTES = (*STOP_SIGNALS, CANNOT_SAVE)
 
 
 class Stopped(Exception):
@@ -46,7 +51,10 @@ class StepSums:
         num_beyond: int = 0,
     ) -> None:
         self.stop: str | None = None
-        """The signal that asked some rank to stop: the same on every rank at the same step."""
+        """The signal (or CANNOT_SAVE) that asked some rank to stop: the same on every rank at the same step."""
+        self.stopped_at: float | None = None
+        """When (time.monotonic) this rank first knew of it."""
+        self._asked_for: str | None = None
         self.num_beyond = num_beyond
         """Values of gradients that exact sums did not promise, of all ranks, so far."""
         self._is_exact = is_exact
@@ -54,7 +62,7 @@ class StepSums:
         self._meter, self._stop_request = meter, stop_request
         self._bad_samples, self._listing = bad_samples, listing
         self._world, self._device = world, world.device
-        self._head = 5 + len(STOP_SIGNALS)
+        self._head = 5 + len(VOTES)
         self._sum = PackedSum(self._head, world.device)
         self._applied = True
         self._votes: tuple[Any, torch.Tensor] | None = None
@@ -74,13 +82,20 @@ class StepSums:
         votes = torch.tensor(self._own_votes())
         self._votes = dist.all_reduce(votes, group=self._world.host_group, async_op=True), votes
 
+    def ask_for(self, stop: str) -> None:
+        """Stop all ranks after this step, for one of VOTES."""
+        self._asked_for = stop
+
     def _own_votes(self) -> list[float]:
-        return [float(self._stop_request.signal == name) for name in STOP_SIGNALS]
+        return [float(name in (self._stop_request.signal, self._asked_for)) for name in VOTES]
 
     def _count(self, votes: Sequence[float]) -> None:
-        for name, count in zip(STOP_SIGNALS, votes, strict=True):
+        for name, count in zip(VOTES, votes, strict=True):
             if count:
                 self.stop = name
+        if self.stop and self.stopped_at is None:
+            heard = self._stop_request.heard
+            self.stopped_at = heard[1] if heard else time.monotonic()
 
     def _reset(self) -> None:
         self._loss = torch.zeros(2, dtype=torch.float64, device=self._device)

@@ -4,12 +4,13 @@ import time
 from typing import Any
 
 from dist_trainer.distributed.collectives import on_main
-from dist_trainer.errors import plural
+from dist_trainer.errors import UserError, plural
 from dist_trainer.log.names import SCORES
 from dist_trainer.plan import Plan
 from dist_trainer.run.advice import keys_to_turn
 from dist_trainer.run.pictures import draw_predictions
 from dist_trainer.run.promise import promise
+from dist_trainer.run.saving import grace_ends
 from dist_trainer.run.state import Run
 from dist_trainer.run_folder.environment import git_revision
 from dist_trainer.run_folder.folder import State
@@ -18,11 +19,17 @@ from dist_trainer.tricks.diagnosis import diagnose
 
 
 def finish_run(run: Run, state: State, reason: str | None = None) -> dict[str, Any]:
-    """Write summary.json and STATE, close what was opened, and return the summary (collective).
+    """Wait for the last writes, write summary.json and STATE, close what was opened; the summary (collective).
 
-    `reason` is why the run ends before its last step: the name of a signal, or what went wrong.
+    `reason` is why the run ends before its last step: the name of a signal, or what went wrong. Raises UserError, after
+    all this, for a run that has made its steps and whose checkpoints could not be written: its state is "failed".
     """
     record, progress = run.record, run.progress
+    missing = last_writes(run)
+    if missing and state == "done":
+        state = "failed"
+    if state == "failed":
+        reason = missing or "checkpoints could not be written"
     seconds = time.perf_counter() - record.started
     summary: dict[str, Any] = {
         **how_it_ends(state, reason, progress.step, run.plan),
@@ -49,7 +56,25 @@ def finish_run(run: Run, state: State, reason: str | None = None) -> dict[str, A
     on_main(run.world, close)
     run.streams.close()
     run.learner.engine.close()
+    if state == "failed":
+        raise UserError(f"stopped after step {progress.step}: {reason}. Make room or mend it, then start again")
     return summary
+
+
+def last_writes(run: Run) -> str | None:
+    """Wait for what is being written, after a stop as long as checkpoint.grace says; what is missing (collective)."""
+    began, writer = time.perf_counter(), run.record.folder.writer
+
+    def wait() -> tuple[str | None, list[str]]:
+        return writer.finish(grace_ends(run)), writer.tell()
+
+    missing, news = on_main(run.world, wait)
+    for line in news:
+        run.record.tracker.terminal.say(line)
+    if missing and run.sums.stopped_at is not None:
+        run.record.tracker.terminal.say(f"{missing}: the checkpoint before it stands")
+    run.record.seconds["save"] += time.perf_counter() - began
+    return missing
 
 
 def how_it_ends(state: State, reason: str | None, step: int, plan: Plan) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dist_trainer.data.stream import FixedSampleStream
 from dist_trainer.distributed.collectives import differing_ranks, gather_json
 from dist_trainer.engine.base import Engine
 from dist_trainer.errors import UserError
+from dist_trainer.log.names import ACCURACY, SCORES
 from dist_trainer.tensors import State, bit_sums, sha256
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema
@@ -30,6 +31,10 @@ class Weights:
         """All weights that are scored while training, by name (log/tracker.py)."""
         names = ["model", *(["ema"] if self._ema is not None else [])]
         return [name + kind for name in names for kind in ("", "_bn") if not kind or self.can_re_estimate]
+
+    def logged(self) -> dict[str, tuple[str, str]]:
+        """Metrics of the validation of this run: name -> (weights, top1 or top5 or loss)."""
+        return {f"{SCORES[name][0]}/{key}": (name, key) for name in self.all_names for key in ACCURACY}
 
     @property
     def names(self) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from dist_trainer.errors import UserError
+from dist_trainer.run_folder.retention import Retention
 from dist_trainer.run_folder.tensor_files import digest, read_tensors, save_tensors
 from dist_trainer.storage.atomic import replace_text, sync
 from dist_trainer.tensors import State, misfits
@@ -28,8 +29,32 @@ class CheckpointConfig:
 
     every: str | None = "1ep"
     """How often to save; null: only at the end and when stopped."""
+    background: bool = True
+    """Training stands still for the copy to host memory alone; false: until the checkpoint is on the disk."""
     keep_last: int = 2
     """Checkpoints kept for resuming. The best validated weights are kept beside."""
+    keep_best: int = 0
+    """Checkpoints kept beside them: the best by `best_metric`, of those saved right after an evaluation."""
+    best_metric: str = "val/top1"
+    """A logged validation metric. The least loss is best, the largest accuracy."""
+    keep_every: int = 0
+    """Each n-th checkpoint (of those at `every`) is kept for ever; 0: none."""
+    grace: float = 20.0
+    """Seconds after a signal for which the last checkpoint is waited for; then the one before stands."""
+    max_failed: int = 3
+    """Checkpoints in a row that the storage may refuse; then training stops."""
+
+    def check(self) -> None:
+        """Raises UserError for numbers that cannot be."""
+        if self.keep_last < 1:
+            raise UserError(f"checkpoint.keep_last: {self.keep_last}; keep at least 1 to resume from")
+        for key, value in (("keep_best", self.keep_best), ("keep_every", self.keep_every)):
+            if value < 0:
+                raise UserError(f"checkpoint.{key}: {value} is negative; write 0 for none")
+        if self.max_failed < 1:
+            raise UserError(f"checkpoint.max_failed: {self.max_failed}; write 1 to stop at the first that fails")
+        if not self.grace >= 0:
+            raise UserError(f"checkpoint.grace: {self.grace:g} is no time to wait; it is seconds, such as 20")
 
 
 def write(folder: Path, tensors: dict[str, State], state: dict[str, Any]) -> None:
@@ -106,8 +131,13 @@ def load_tensors(folder: Path, name: str) -> State:
     return read_tensors(folder / f"{name}.safetensors")
 
 
-def save(root: Path, step: int, tensors: dict[str, State], state: dict[str, Any], keep: int) -> None:
-    """Commit `root`/step_XXXXXXXX, then remove all but the newest `keep` complete ones.
+ONLY_LAST = Retention()
+
+
+def save(
+    root: Path, step: int, tensors: dict[str, State], state: dict[str, Any], retention: Retention = ONLY_LAST
+) -> None:
+    """Commit `root`/step_XXXXXXXX, then remove the complete ones that are not to be kept.
 
     Raises UserError when the storage refuses; the earlier checkpoints are untouched then.
     """
@@ -117,23 +147,21 @@ def save(root: Path, step: int, tensors: dict[str, State], state: dict[str, Any]
     try:
         write(target, tensors, state)
         if target != folder:
-            shutil.rmtree(folder)
+            former = folder.rename(root / f".{folder.name}.former")
             target.rename(folder)
+            shutil.rmtree(former)
     except OSError as error:
-        if target != folder:
-            shutil.rmtree(target, ignore_errors=True)
-        raise UserError(f"cannot save {folder}: {error}; earlier checkpoints are whole") from None
-    older = [other for other in _steps(root) if other.name < folder.name and not fault(other, digests=False)]
-    # Newer ones were found damaged when this run resumed: they must not survive being repeated.
+        shutil.rmtree(target, ignore_errors=True)  # of a full disk, it may be what fills it
+        raise UserError(f"cannot save {folder}: {error.strerror or error}; earlier checkpoints are whole") from None
+    older = {}
     for other in _steps(root):
-        if other != folder and other not in older[: keep - 1]:
+        if other.name <= folder.name and not fault(other, digests=False):
+            older[step_of(other)] = retention.value(load_state(other)) if retention.best else None
+    kept = {root / f"step_{each:08d}" for each in retention.kept(older)}
+    # Newer ones were found damaged when this run resumed: they must not survive being repeated.
+    for other in [*_steps(root), *root.glob(".step_*")]:
+        if other not in kept:
             shutil.rmtree(other, ignore_errors=True)
-
-
-def replace_best(root: Path, weights: State, predictions: State, metrics: dict[str, Any]) -> None:
-    """Keep `weights` as the best so far, in `root`/step_XXXXXXXX, with what they said of each validation sample; the
-    former best is removed once they are complete."""
-    save(root, int(metrics["step"]), {"model": weights, "predictions": predictions}, metrics, keep=1)
 
 
 def write_weights(path: Path, weights: State) -> None:

@@ -12,14 +12,17 @@ import yaml
 from dist_trainer.distributed.processes import ATTEMPT
 from dist_trainer.errors import UserError
 from dist_trainer.run_folder import checkpoint
+from dist_trainer.run_folder.background import BackgroundWriter
+from dist_trainer.run_folder.checkpoint import CheckpointConfig
 from dist_trainer.run_folder.environment import describe_environment
 from dist_trainer.run_folder.identity import FREE, Change, changes, flatten, is_fixed, read_identity, row_of
 from dist_trainer.run_folder.owner import Ownership
 from dist_trainer.run_folder.what_follows import read_state
 from dist_trainer.storage.atomic import replace_text
 
-State = Literal["running", "done", "stopped", "mistake", "fault", "interrupted"]
-"""Of a run. Only a SIGKILL or a loss of power leaves "running" behind; the others are ends (errors.EXIT_STATUS)."""
+State = Literal["running", "done", "stopped", "failed", "mistake", "fault", "interrupted"]
+"""Of a run. Only a SIGKILL or a loss of power leaves "running" behind; the others are ends (errors.EXIT_STATUS).
+failed: its checkpoints could not be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +63,12 @@ class Start:
 class RunFolder:
     """`path`, owned by this process from `claim` until `release`. Used on rank 0 alone."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, saving: CheckpointConfig | None = None) -> None:
         self.path = path
         self._ownership = Ownership(path)
+        saving = saving or CheckpointConfig()
+        self.writer = BackgroundWriter(path, saving.max_failed, in_background=saving.background)
+        """Of everything that is large."""
 
     def claim(self, say: Callable[[str], None] = print) -> None:
         """Become the folder's owner. Raises UserError while another live trainer is; `say` tells of waiting for it."""

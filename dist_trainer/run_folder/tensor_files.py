@@ -18,8 +18,16 @@ def digest(path: Path) -> str:
 
 
 def on_host(state: State) -> State:
-    """Contiguous copies on the host: safetensors takes neither channels_last nor views of one storage."""
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+    """`state` contiguous on the host, copied where it has to be: safetensors takes neither channels_last nor views of
+    one storage."""
+    whole, seen = {}, set[int]()
+    for name, value in state.items():
+        storage = value.untyped_storage()
+        fits = value.device.type == "cpu" and value.is_contiguous() and storage.nbytes() == value.nbytes
+        stays = fits and storage.data_ptr() not in seen
+        whole[name] = value.detach() if stays else value.detach().to("cpu", copy=True).contiguous()
+        seen.add(storage.data_ptr())
+    return whole
 
 
 def save_tensors(tensors: State, path: Path, *, durable: bool = False) -> None:

@@ -41,7 +41,7 @@ def what_follows(run: Path, attempt: str | None, status: int) -> tuple[Next, str
         return "requeue", f"{run}: stopped and saved; to be continued"
     if state == "done":
         return "done", f"{run}: done"
-    if state in ("mistake", "interrupted"):
+    if state in ("failed", "mistake", "interrupted"):
         return "end", f"{run}: {state}"
     count, at = _count_crash(run)
     how = {None: "ended before the run began", "running": "was killed"}.get(state, "had a fault")

@@ -51,8 +51,14 @@ OTHER: dict[str, str] = {
     "averaging.greedy": "true",
     "averaging.metric": "val/loss",
     "averaging.top_k": "3",
+    "checkpoint.background": "false",
+    "checkpoint.best_metric": "val_ema/loss",
     "checkpoint.every": "3step",
+    "checkpoint.grace": "19",
+    "checkpoint.keep_best": "2",
+    "checkpoint.keep_every": "2",
     "checkpoint.keep_last": "1",
+    "checkpoint.max_failed": "2",
     "data.max_bad": "7",
     "ema.device": "cpu",
     "eval.bad": "fail",
@@ -70,7 +76,10 @@ OTHER: dict[str, str] = {
     "precise_bn.transform": "eval",
 }
 """Another value of each key of evaluation, logging, saving and averaging. They change no bit of the weights."""
-LATER = {"log.csv", "log.tensorboard", "log.verbose"}
+LATER = {
+    *("log.csv", "log.tensorboard", "log.verbose"),
+    *(f"checkpoint.{key}" for key in ("background", "best_metric", "grace", "keep_best", "keep_every", "max_failed")),
+}
 """Those that the version which made the folder did not have."""
 
 ROUNDED: dict[str, str] = {

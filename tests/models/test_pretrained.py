@@ -58,9 +58,9 @@ def torchvision_reference(model: nn.Module, path: Path) -> None:
 
 def run_folder(model: nn.Module, path: Path) -> None:
     """The best weights, and later ones that were worse."""
-    checkpoint.save(path / "best", 9, {"model": model.state_dict()}, {}, keep=1)
+    checkpoint.save(path / "best", 9, {"model": model.state_dict()}, {})
     worse = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
-    checkpoint.save(path / "checkpoints", 12, {"model": worse}, {}, keep=1)
+    checkpoint.save(path / "checkpoints", 12, {"model": worse}, {})
 
 
 FORMATS: dict[str, Callable[[nn.Module, Path], object]] = {

@@ -14,6 +14,7 @@ from torch import nn
 
 from dist_trainer.errors import UserError
 from dist_trainer.run_folder import checkpoint
+from dist_trainer.run_folder.retention import Retention
 from dist_trainer.run_folder.tensor_files import digest
 from dist_trainer.tensors import State
 
@@ -36,7 +37,7 @@ def tensors(seed: int = 0) -> dict[str, State]:
 
 
 def save(root: Path, step: int, keep: int = 2) -> Path:
-    checkpoint.save(root, step, tensors(step), {"step": step}, keep)
+    checkpoint.save(root, step, tensors(step), {"step": step}, Retention(last=keep))
     return root / f"step_{step:08d}"
 
 
@@ -51,7 +52,7 @@ def test_what_was_written_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     Fails when tensors are not made contiguous and apart first, or are stored in another type.
     """
     written = tensors()
-    checkpoint.save(tmp_path, 12, written, {"step": 12, "best": {"top1": 0.25}}, keep=1)
+    checkpoint.save(tmp_path, 12, written, {"step": 12, "best": {"top1": 0.25}})
     folder, notes = checkpoint.newest(tmp_path)
     assert (folder, notes) == (tmp_path / "step_00000012", [])
     assert folder is not None
@@ -161,26 +162,15 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoints_whole(tmp_path: Path) 
 
     Fails when a checkpoint is removed before its successor is whole, or when OSError gets through.
     """
-    save(tmp_path, 20, keep=1)
+    save(tmp_path, 20)
     unwritable = {"model": tensors()["model"], "no/such/folder": {"x": torch.zeros(1)}}
     for step in (20, 30):
         with pytest.raises(UserError) as caught:
-            checkpoint.save(tmp_path, step, unwritable, {"step": step}, keep=1)
+            checkpoint.save(tmp_path, step, unwritable, {"step": step})
         assert "earlier checkpoints are whole" in message(caught)
         assert checkpoint.newest(tmp_path)[0] == tmp_path / "step_00000020"
     save(tmp_path, 40, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000040"]  # nothing of the failed ones is left
-
-
-def test_best_keeps_one(tmp_path: Path) -> None:
-    """Fails when the former best stays, or its metrics are lost."""
-    for step, top1 in ((10, 0.5), (30, 0.6)):
-        checkpoint.replace_best(tmp_path, tensors(step)["model"], {}, {"step": step, "top1": top1})
-    assert kept(tmp_path) == [30]
-    folder, _ = checkpoint.newest(tmp_path)
-    assert folder is not None
-    assert checkpoint.load_state(folder)["top1"] == 0.6
-    assert torch.equal(checkpoint.load_weights(folder)["kernel"], tensors(30)["model"]["kernel"])
 
 
 def test_weights_that_do_not_fit_are_refused_with_missing_unexpected_and_misshapen_keys() -> None:

@@ -1,0 +1,97 @@
+"""Checkpoints of a run: handed to the folder's writer, which writes them behind training."""
+
+import copy
+from typing import Any
+
+from dist_trainer.distributed.collectives import on_main
+from dist_trainer.errors import UserError, nearest
+from dist_trainer.plan import Plan
+from dist_trainer.run.blueprint import Intervals
+from dist_trainer.run.state import Run
+from dist_trainer.run.step_sums import CANNOT_SAVE
+from dist_trainer.run.weights import Weights
+from dist_trainer.run_folder import checkpoint
+from dist_trainer.run_folder.checkpoint import CheckpointConfig
+from dist_trainer.run_folder.retention import Retention
+from dist_trainer.tensors import State
+from dist_trainer.tricks.averaging import larger_is_better
+
+
+def save(run: Run) -> None:
+    """Hand over a checkpoint of this very step; training stands still for the copy to host memory (collective).
+
+    After a stop, the one before is waited for as long as checkpoint.grace allows; else this one is left out.
+    """
+    learner, record, progress = run.learner, run.record, run.progress
+    with run.paused("save"):
+        learner.weights.check_ranks()
+        learner.batch_norm.publish()
+        tensors = {"model": learner.weights.state(), "optim": learner.engine.optimizer_state()}
+        if learner.ema is not None:
+            tensors["ema"] = learner.weights.ema_state()
+        if progress.evaluated_step == progress.step:
+            tensors |= {f"bn_{name}": statistics for name, statistics in learner.weights.re_estimated.items()}
+        state: dict[str, Any] = {
+            **record.facts,
+            **progress.as_dict(run.plan),
+            "beyond": run.sums.num_beyond,
+            "meter": record.meter.state(),
+            "bad_samples": record.bad_samples.state(),
+        }
+
+        def hand_over() -> None:
+            record.folder.check_owner()
+            known = copy.deepcopy(state)
+            record.folder.writer.submit(
+                "checkpoint", progress.step, tensors, lambda copies: commit(run, copies, known), until=grace_ends(run)
+            )
+
+        on_main(run.world, hand_over)
+
+
+def commit(run: Run, tensors: dict[str, State], state: dict[str, Any]) -> None:
+    """Write a checkpoint and remove those that it displaces; on the writer's thread."""
+    folder, averaging = run.record.folder, run.learner.averaging
+    root, retention = folder.checkpoints, run.record.retention
+    folder.check_owner()
+
+    def keep_snapshots(*more: int) -> None:
+        if averaging is not None:
+            kept = (checkpoint.load_state(each)["evaluated_step"] for each in checkpoint.complete(root))
+            averaging.commit({*kept, *more})
+
+    keep_snapshots(state["evaluated_step"])  # before it is complete, since a kill may come between
+    checkpoint.save(root, state["step"], tensors, state, retention)
+    keep_snapshots()
+
+
+def grace_ends(run: Run) -> float | None:
+    """Until when (time.monotonic) a stopped run waits for its writes; None: as long as they take."""
+    return None if run.sums.stopped_at is None else run.sums.stopped_at + run.config.checkpoint.grace
+
+
+def hear(run: Run) -> None:
+    """Tell what the writer has to say. After too many checkpoints that failed, every rank stops after this step."""
+    if run.world.is_main:
+        writer = run.record.folder.writer
+        for line in writer.tell():
+            run.record.tracker.terminal.say(line)
+        if writer.gives_up:
+            run.sums.ask_for(CANNOT_SAVE)
+
+
+def retention_of(config: CheckpointConfig, weights: Weights, plan: Plan, intervals: Intervals) -> Retention:
+    """Raises UserError for a metric that is not logged."""
+    logged = weights.logged()
+    if config.best_metric not in logged:
+        raise UserError(
+            f"checkpoint.best_metric: {config.best_metric!r} is not logged{nearest(config.best_metric, logged)}; "
+            f"there are {', '.join(sorted(logged))}"
+        )
+    return Retention(
+        last=config.keep_last,
+        best=config.keep_best,
+        metric=logged[config.best_metric],
+        larger_is_better=larger_is_better(config.best_metric),
+        for_ever=lambda step: plan.is_nth(step, intervals.checkpoint, config.keep_every),
+    )
