@@ -7,10 +7,10 @@ were scored, events.
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.errors import LocalError
 from dist_trainer.storage.atomic import replace_text
 
 Metrics = Mapping[str, float | int | None]
@@ -35,18 +35,34 @@ class MetricsFile:
             kept = [line for line in kept if not (line["step"] == resume_step and _is_score(line))]
         if path.exists():
             replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._size = path.stat().st_size if path.exists() else 0
+        self._unwritten = ""
 
-    def write(self, step: int, metrics: Mapping[str, float | int | str | None]) -> None:
-        """One write call per line: a reader, or a kill, sees whole lines. Raises LocalError when the disk refuses."""
+    def write(self, step: int, metrics: Mapping[str, float | int | str | None]) -> str | None:
+        """One write call per line: a reader, or a kill, sees whole lines.
+
+        A line that the disk refuses is kept and written with the next one; then this returns a line to tell, once.
+        """
         line = {"step": step, **metrics, "perf/time": round(time.time(), 3)}
+        was_whole = not self._unwritten
+        self._unwritten += json.dumps(line) + "\n"
         try:
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            with self._path.open("ab", buffering=0) as file:
+                file.truncate(self._size)  # a full disk may have taken a part of a line
+                self._size += _write_all(file, self._unwritten.encode())
+                self._unwritten = ""
         except OSError as error:
-            raise LocalError(
-                f"cannot write {self._path}: {error.strerror or error}; the last checkpoint is whole: make room, then "
-                "start again"
-            ) from None
+            if was_whole:
+                return f"cannot write {self._path}: {error.strerror or error}; its lines are kept until there is room"
+        return None
+
+
+def _write_all(file: FileIO, data: bytes) -> int:
+    """All of `data`, or OSError: what fits on a disk is told by a short count, and the reason by the next call."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+    return len(data)
 
 
 def _is_score(line: Row) -> bool:

@@ -95,8 +95,8 @@ class Tracker:
         self.terminal.start(step, self._total_steps)
 
     def _write(self, step: int, metrics: Mapping[str, float | int | str | None]) -> None:
-        if self._file is not None:
-            self._file.write(step, metrics)
+        if self._file is not None and (refused := self._file.write(step, metrics)):
+            self.terminal.say(f"warning: {refused}")
 
     def train(self, step: int, metrics: Metrics, left_s: float | None) -> None:
         """Metrics of an interval of training; `left_s`: seconds to the end of the run, if known."""

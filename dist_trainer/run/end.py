@@ -46,13 +46,12 @@ class End:
         """Write summary.json and STATE, unless an end is there already, and leave the folder."""
         if self._folder is None or self._plan is None:
             return
-        with contextlib.suppress(
-            OSError, LocalError
-        ):  # the disk may be what failed; the folder may be another's by now
+        with contextlib.suppress(OSError, LocalError):  # the disk may be full, or the folder another's by now
             if self._world.is_main:
                 self._folder.check_owner()
             if self._folder.runs_in_this_attempt():
-                self._folder.write_summary(how_it_ends(state, reason, self.step, self._plan))
+                with contextlib.suppress(OSError):
+                    self._folder.write_summary(how_it_ends(state, reason, self.step, self._plan))
                 self._folder.write_state(state)
             if self._world.is_main:
                 self._folder.release()

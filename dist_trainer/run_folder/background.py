@@ -158,7 +158,7 @@ class BackgroundWriter:
         if not in_time and running is not None:
             return f"the {running.kind} of step {running.step} could not be written in time"
         for _ in range(self._max_failed):
-            if not self._failed or (until is not None and time.monotonic() >= until):
+            if not self._failed or self.gives_up or (until is not None and time.monotonic() >= until):
                 break
             self._retry_failed()
         with self._changed:
@@ -209,7 +209,9 @@ class BackgroundWriter:
             self._error = error
         with self._changed:
             if failed:
-                self._failed[each.kind] = each, str(line)
+                former, self._failed[each.kind] = self._failed.get(each.kind), (each, str(line))
+                if former is not None and each.kind != "checkpoint":
+                    line = None  # told when it failed first
             else:
                 self._failed.pop(each.kind, None)
             if each.kind == "checkpoint":

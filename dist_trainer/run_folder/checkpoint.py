@@ -169,7 +169,7 @@ def write_weights(path: Path, weights: State) -> None:
     try:
         save_tensors(weights, path, durable=True)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def load_into(model: nn.Module, weights: State, source: str) -> None:

@@ -166,7 +166,7 @@ class Snapshots:
             save_tensors(weights, path, durable=True)
             return Snapshot(step, value, path.stat().st_size, digest(path))
         except OSError as error:
-            raise UserError(f"cannot keep {path}: {error}; the earlier snapshots are whole") from None
+            raise UserError(f"cannot keep {path}: {error.strerror or error}; the earlier snapshots are whole") from None
 
     def _put(self, snapshots: list[Snapshot], checkpoints: list[int]) -> None:
         """Write the index, then remove the files that it does not name."""
@@ -190,4 +190,6 @@ class Snapshots:
                 if _OURS.fullmatch(path.name) and path.name not in files:
                     path.unlink()
         except OSError as error:
-            raise UserError(f"cannot write {self.folder / INDEX}: {error}; the earlier snapshots are whole") from None
+            raise UserError(
+                f"cannot write {self.folder / INDEX}: {error.strerror or error}; the earlier snapshots are whole"
+            ) from None

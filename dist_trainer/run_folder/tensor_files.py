@@ -1,6 +1,8 @@
 """Tensors in safetensors files, and the digests of files. No pickle is ever read."""
 
 import hashlib
+import os
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -36,7 +38,8 @@ def save_tensors(tensors: State, path: Path, *, durable: bool = False) -> None:
         try:
             save_file(on_host(tensors), temporary)
         except SafetensorError as error:  # an OSError in disguise
-            raise OSError(str(error)) from None
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from None
 
 
 def read_tensors(path: Path) -> State:

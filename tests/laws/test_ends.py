@@ -19,8 +19,6 @@ from running import RANKS, ROOT, Session, newest, tensors, torchrun
 from dist_trainer.commands.agent import first_of_last_attempt
 from dist_trainer.data.parallel import loader_fault
 from dist_trainer.distributed.processes import SECOND_AFTER_S
-from dist_trainer.errors import LocalError
-from dist_trainer.log.metrics_file import MetricsFile
 
 LONG = ["--duration=1000000step", "--eval.every=null", "--checkpoint.every=null", "--log.every=1step"]
 
@@ -178,25 +176,6 @@ def test_another_command_ends_when_stdout_is_closed(here: Path, command_line: st
         process.stdout.close()
         status, said = process.wait(60), process.stderr.read().decode()
         assert status in (0, 1) and not re.search("Traceback|dist-trainer: ", said), said
-
-
-def test_a_metrics_file_that_cannot_be_written_says_so_in_a_line(tmp_path: Path) -> None:
-    """Its folder is gone, as after a lost mount. Mutation: a traceback."""
-    (tmp_path / "run").mkdir()
-    file = MetricsFile(tmp_path / "run" / "metrics.jsonl", 0)
-    (tmp_path / "run").rmdir()
-    with pytest.raises(LocalError, match=r"cannot write .*metrics.jsonl: No such file.*then start again"):
-        file.write(1, {"train/loss": 1.0})
-
-
-def test_a_save_that_fails_costs_one_line(here: Path) -> None:
-    """No file may have more than 4 KiB, as on a disk that is full: the weights need 8. Mutation: a traceback."""
-    session = Session(["bash", "-c", 'ulimit -f 4; exec "$@"', "-", *command()], here / "log", folder=here)
-    assert session.wait(60) == 2
-    state, reason = end_of(here)
-    assert state == "mistake"
-    assert re.fullmatch(r"cannot save runs/run/\S+: .*File too large.*; earlier checkpoints are whole", reason)
-    assert session.log.read_text().splitlines()[-1] == f"dist-trainer: {reason}"
 
 
 def test_an_error_between_a_killed_run_and_the_first_step_is_its_end(here: Path) -> None:
