@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from dist_trainer.data.batch import Batch
 from dist_trainer.errors import LocalError, UserError
+from dist_trainer.run.advice import against_infinity
 from dist_trainer.run.saving import hear, save
 from dist_trainer.run.scoring import score_all, score_average
 from dist_trainer.run.state import Run
@@ -41,6 +42,8 @@ def train(run: Run) -> str | None:
             sums.finish()
             metrics = training_metrics(run)
             run.record.tracker.train(progress.step, metrics, run.record.pace.left_s(progress.step))
+        if progress.skipped_in_a_row:
+            not_finite(run)  # before a checkpoint, to which it would be no use to go back
         if plan.due(progress.step, run.intervals.eval) and not sums.stop:
             validate(run)
         if sums.stop:
@@ -49,8 +52,6 @@ def train(run: Run) -> str | None:
             save(run)
         if bad_samples.over_budget:
             give_up(run, bad_samples.over_budget)
-        if progress.skipped_in_a_row:
-            not_finite(run)
     if run.learner.averaging is not None:
         average_snapshots(run)
     return sums.stop
@@ -134,11 +135,11 @@ def not_finite(run: Run) -> None:
     policy, progress = run.config.engine.not_finite, run.progress
     if policy == "roll_back":
         raise RollBack(progress.step)
-    advice = "Lower lr, lengthen lr.warmup.duration, or set engine.clip_grad_norm; then start again"
+    advice = against_infinity(run.config)
     if policy == "stop":
-        give_up(run, f"its gradient was not finite and was not applied (engine.not_finite: stop). {advice}")
+        give_up(run, f"its gradient was not finite and was not applied (engine.not_finite: stop); {advice}")
     if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-        give_up(run, f"the gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in a row; none was applied. {advice}")
+        give_up(run, f"the gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in a row; none was applied; {advice}")
 
 
 def give_up(run: Run, reason: str) -> NoReturn:

@@ -21,15 +21,15 @@ from dist_trainer.data.batch import Batch
 from dist_trainer.data.stream import cores_note, cores_of_host, num_workers
 from dist_trainer.distributed.collectives import gather_json, on_main
 from dist_trainer.distributed.world import World
-from dist_trainer.engine.base import Engine
 from dist_trainer.engine.numerics import precision_note, set_numerics
-from dist_trainer.errors import UserError, plural
+from dist_trainer.errors import UserError, plural, readable_size
 from dist_trainer.log.console import Terminal
 from dist_trainer.log.wandb_run import reach
 from dist_trainer.plan import num_slots
 from dist_trainer.run.blueprint import Blueprint, make_blueprint
 from dist_trainer.run.data import RunData, Streams, open_data, open_streams
 from dist_trainer.run.measure import all_reduce_bytes_per_s, loader_images_per_s, step_seconds, storage_bytes_per_s
+from dist_trainer.run.space import space_of
 from dist_trainer.run_folder.environment import describe_environment
 from dist_trainer.run_folder.owner import sees_file
 
@@ -182,7 +182,7 @@ def speeds(
     can_write: bool,
 ) -> Iterator[Finding]:
     """What is measured, against the step that uses it."""
-    plan, batches = blueprint.plan, list[Batch]()
+    plan, batches, needed_on_disk = blueprint.plan, list[Batch](), space_of(config, blueprint).in_all
 
     def load() -> float:
         batches[:], speed = loader_images_per_s(streams.train, plan.micro_batch)
@@ -205,7 +205,7 @@ def speeds(
     fix = ": more cores per rank or data.workers, smaller images, data.cache"
     yield Finding(loaded >= used, line + ("" if loaded >= used else fix))
     if can_write:
-        yield space(config, world, engine)
+        yield space(config, world, needed_on_disk)
     engine.close()
 
 
@@ -232,18 +232,12 @@ def network_finding(config: TrainConfig, blueprint: Blueprint, bytes_per_s: floa
     return Finding(share <= 0.5, line if share <= 0.5 else line + fix)
 
 
-def space(config: TrainConfig, world: World, engine: Engine) -> Finding:
-    """For the checkpoints planned: those kept and the one being written, the best weights, snapshots, the average."""
-    states = [engine.model_state(), engine.optimizer_state()]  # collective; full on rank 0
-    model, optimizer = (sum(tensor.numel() * tensor.element_size() for tensor in state.values()) for state in states)
-    averages = config.averaging.top_k + 2 if config.averaging.top_k else 0
-    one = model * (1 + (config.ema.decay is not None)) + optimizer
-    needed = one * (config.checkpoint.keep_last + 1) + model * (2 + averages)
+def space(config: TrainConfig, world: World, needed: int) -> Finding:
     root = Path(config.run.dir).expanduser()
 
     def look() -> Finding:
         free = shutil.disk_usage(root).free
-        line = f"space: checkpoints of a run take {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free in {root}"
+        line = f"space: a run takes {readable_size(needed)} at most, and {readable_size(free)} are free in {root}"
         if free >= needed:
             return Finding(True, line)
         return Finding(False, line + ": make room, choose another --run.dir, or keep fewer", stops=True)

@@ -19,6 +19,7 @@ from dist_trainer.run.blueprint import make_blueprint
 from dist_trainer.run.data import open_data
 from dist_trainer.run.hand_over import hand_over
 from dist_trainer.run.promise import promise
+from dist_trainer.run.space import space_of
 from dist_trainer.run.start import choose_folder
 from dist_trainer.run.start_from import find_source
 from dist_trainer.run_folder.folder import RunFolder
@@ -80,6 +81,7 @@ def plan_figures(
     plan, rate = blueprint.plan, blueprint.learning_rate
     needs = hand_over(config, blueprint.model, blueprint.augment, train, num_workers(config.data, host))
     groups = blueprint.optimizer.param_groups
+    disk = space_of(config, blueprint)
     fine_tuning = {}
     find_source(config)
     if config.model.pretrained:
@@ -109,6 +111,8 @@ def plan_figures(
         "lr_peak": rate.peak,
         "lr_last": rate(plan.total_steps - 1),
         "bits": promise(config),
+        "checkpoint_bytes": disk.checkpoint,
+        "disk_bytes": disk.in_all,
         "shared_bytes_per_rank": needs.shared if needs else None,
         "pinned_bytes_per_rank": needs.pinned if needs else None,
         "warnings": warnings(config, blueprint, 0 if num_samples else num_classes),
@@ -147,6 +151,7 @@ def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         f"{f['lr_last']:.3g} at the last"
         + (f"; {f['lr_scale_least']:.2g} of it in the first layer" if f["lr_scale_least"] < 1 else ""),
     }
+    rows["disk"] = f"{readable_size(f['checkpoint_bytes'])} per checkpoint, {readable_size(f['disk_bytes'])} at most"
     if f["pinned_bytes_per_rank"] is not None:
         shared = (
             f"{readable_size(f['shared_bytes_per_rank'])} of /dev/shm" if f["shared_bytes_per_rank"] else "no /dev/shm"

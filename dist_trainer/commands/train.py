@@ -19,6 +19,7 @@ from dist_trainer.distributed.world import World
 from dist_trainer.engine.numerics import naming_operations
 from dist_trainer.errors import EXIT_STATUS, UserError
 from dist_trainer.log.console import Terminal
+from dist_trainer.run.advice import against_infinity
 from dist_trainer.run.end import End
 from dist_trainer.run.start import build_run, prepare_run
 from dist_trainer.run.state import Run
@@ -87,8 +88,7 @@ def train_run(config: TrainConfig, stem: str, world: World, terminal: Terminal) 
         if gives_up:
             raise UserError(
                 f"step {resume_after}: the gradient was not finite, for the {num_roll_backs}th time since "
-                f"{rolled_back_to or 'the start'}; lower lr, lengthen lr.warmup.duration, or set "
-                "engine.clip_grad_norm; then start again"
+                f"{rolled_back_to or 'the start'}; {against_infinity(config)}"
             )
         terminal.say(f"step {resume_after}: the gradient was not finite: rolled back; continuing after this step")
         del prepared, run

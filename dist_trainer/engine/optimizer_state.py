@@ -98,19 +98,34 @@ def check_complete(optimizer: torch.optim.Optimizer, weight: torch.Tensor, state
     """Raises UserError if `state`, restored for `weight`, lacks what the optimizer keeps now: adam's `amsgrad` was
     switched on, say. Only an update tells, so a copy gets one, from a gradient of zero.
     """
+    try:
+        _after_update(optimizer, weight, state)
+    except KeyError as missing:
+        raise UserError(
+            f"optimizer.args: {type(optimizer).__name__} needs {missing} of the steps before, which the "
+            "checkpoint does not have; set them as they were, or begin a new run with run.start_from"
+        ) from None
+
+
+def _after_update(optimizer: torch.optim.Optimizer, weight: torch.Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a copy of the optimizer keeps for a copy of `weight` after one more update, from a gradient of zero."""
     twin = nn.Parameter(weight.detach().clone())
     twin.grad = torch.zeros_like(twin)
     probe = copy.copy(optimizer)
     probe.__dict__.update({name: value for name, value in vars(optimizer).items() if name not in vars(probe)})
     probe.state = collections.defaultdict(dict, {twin: {key: copy.deepcopy(value) for key, value in state.items()}})
     probe.param_groups = [{**copy.deepcopy({**optimizer.param_groups[0], "params": None}), "params": [twin]}]
-    try:
-        probe.step()
-    except KeyError as missing:
-        raise UserError(
-            f"optimizer.args: {type(optimizer).__name__} needs {missing} of the steps before, which the "
-            "checkpoint does not have; set them as they were, or begin a new run with run.start_from"
-        ) from None
+    probe.step()
+    kept: dict[str, Any] = probe.state[twin]
+    return kept
+
+
+def bytes_per_weight(optimizer: torch.optim.Optimizer) -> float:
+    """What the optimizer will keep for a weight, measured on its smallest parameter with more than one."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    weight = min(parameters, key=lambda p: (p.numel() < 2, p.numel()))
+    values = encode(_after_update(optimizer, weight, {}), type(optimizer).__name__).values()
+    return float(sum(value.nbytes for value in values if value.shape == weight.shape) / weight.numel())
 
 
 def check_names(model: nn.Module, state: State) -> None:

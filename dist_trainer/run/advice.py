@@ -90,6 +90,15 @@ def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def against_infinity(config: TrainConfig) -> str:
+    """What to do after gradients that are not finite, in arguments with which the same run folder goes on."""
+    key, rate = ("lr.peak", config.lr.peak) if config.lr.peak is not None else ("lr.base", config.lr.base)
+    return (
+        f"go on with a lower rate (--{key}={(rate or 0.0) / 2:g} --run.allow_change='[\"{key}\"]'); or set "
+        "engine.clip_grad_norm, or a longer lr.warmup.duration, likewise"
+    )
+
+
 def keys_to_turn(config: TrainConfig, verdict: Verdict) -> list[str]:
     """`key: now -> then` for each key that would help against overfitting or underfitting (PaddleClas, 2.2.8)."""
     decay, smoothing = config.optimizer.weight_decay, config.loss.label_smoothing

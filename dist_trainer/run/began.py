@@ -6,6 +6,7 @@ from dist_trainer.run_folder.folder import Start
 AFTER = {
     "running": "it was killed",
     "stopped": "a stop",
+    "failed": "checkpoints that failed",
     "mistake": "a mistake",
     "fault": "a fault",
     "interrupted": "an interruption",

@@ -33,6 +33,7 @@ from dist_trainer.run.hand_over import hand_over, shared_memory_note
 from dist_trainer.run.pace import Pace
 from dist_trainer.run.restore import Saved, load_model, restore
 from dist_trainer.run.saving import retention_of
+from dist_trainer.run.space import room_note, space_of
 from dist_trainer.run.start_from import load_optimizer
 from dist_trainer.run.state import Learner, Progress, Record, Run
 from dist_trainer.run.step_sums import StepSums
@@ -73,8 +74,10 @@ def prepare_run(config: TrainConfig, *, stem: str, world: World, terminal: Termi
         terminal.say(note)
     identity_keys = identity(config.as_dict(), data.fingerprint)
     folder, similar = on_main(world, lambda: choose_folder(config.run, stem, identity_keys))
-    if similar:
-        terminal.say(similar)
+    room = on_main(world, lambda: room_note(space_of(config, blueprint), Path(folder)))
+    for line in [similar, f"warning: {room}" if room else ""]:
+        if line:
+            terminal.say(line)
     claim = claim_or_initialise(
         config,
         model=blueprint.model,

@@ -26,10 +26,10 @@ def finish_run(run: Run, state: State, reason: str | None = None) -> dict[str, A
     """
     record, progress = run.record, run.progress
     missing = last_writes(run)
-    if missing and state == "done":
+    if missing and state in ("done", "mistake"):
         state = "failed"
     if state == "failed":
-        reason = missing or "checkpoints could not be written"
+        reason = "; and ".join(filter(None, [reason, missing])) or "checkpoints could not be written"
     seconds = time.perf_counter() - record.started
     summary: dict[str, Any] = {
         **how_it_ends(state, reason, progress.step, run.plan),

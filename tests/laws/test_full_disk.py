@@ -1,9 +1,11 @@
 """A disk that is full, or refuses: earlier checkpoints stay whole, training goes on, and what failed is told."""
 
 import contextlib
+import json
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,6 +93,31 @@ def test_too_many_failures_in_a_row_stop_every_rank_with_state_failed(tmp_path: 
     lines = [line for line in said.splitlines() if line.startswith("dist-trainer: ")]
     assert len(lines) == 1 and "File too large" in lines[0] and "then start again" in lines[0], said
     assert 'Traceback (most recent call last):\n  File "/' not in said.partition("torch.distributed.elastic")[0]
+
+
+def test_a_run_that_cannot_fit_is_refused_before_a_step_and_the_estimate_is_what_is_written(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    """Momentum, moving average and re-estimated statistics are in it. Mutations: forget one; ask at the first save."""
+    here = work_folder(tmp_path)
+    session = start(here, small_disk, "--duration=4step")
+    assert session.wait() == 0
+    (folder,) = checkpoint.complete(small_disk / "run" / "checkpoints")
+    tensors = [checkpoint.load_tensors(folder, name) for name in checkpoint.tensor_names(folder)]
+    written = sum(value.nbytes for state in tensors for value in state.values())
+    argv = ["plan", "small.yaml", *ARGV, "--json"]
+    planned = subprocess.run(
+        [sys.executable, "-m", "dist_trainer", *argv], cwd=here, check=True, capture_output=True, text=True
+    )
+    assert json.loads(planned.stdout)["checkpoint_bytes"] == written
+    used = sum(each.stat().st_size for each in small_disk.rglob("*.safetensors"))
+    assert used < json.loads(planned.stdout)["disk_bytes"]
+    fill(small_disk)
+    session = start(here, small_disk, "--duration=4step", "--run.seed=1", "--run.name=other")
+    assert session.wait() == 1
+    (line,) = [line for line in session.log.read_text().splitlines() if line.startswith("dist-trainer: run.dir")]
+    assert "are free in" in line and "make room" in line
+    assert not (small_disk / "other").exists()
 
 
 def test_a_record_that_cannot_be_written_is_kept_and_written_later(tmp_path: Path) -> None:

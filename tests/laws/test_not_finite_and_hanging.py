@@ -1,6 +1,8 @@
 """A rank that hangs, gradients that are not finite, memory that is not there: what the run does, and what it says."""
 
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -61,8 +63,31 @@ def test_rolling_back_goes_on_past_the_samples_since_the_checkpoint(
     assert all(torch.isfinite(value).all() for value in tensors(run, "ema").values())
 
 
+def test_a_roll_back_at_the_last_step_ends_with_its_evaluation_and_checkpoint(
+    fashion: list[str], tmp_path: Path
+) -> None:
+    """The last step is not made: the run ends with the weights of the checkpoint before, as its last checkpoint.
+
+    Mutation: leave the loop without a step, and so without a save.
+    """
+    argv = [sys.executable, *TRAIN, *fashion, "--model.args={poison: [12, 0]}", "--engine.not_finite=roll_back",
+            "--duration=4step", "--checkpoint.every=2step", "--lr.warmup.duration=1step", f"--run.dir={tmp_path}",
+            "--run.name=run"]  # fmt: skip
+    session = Session(argv, tmp_path / "log")
+    assert session.wait() == 0, session.log.read_text()[-3000:]
+    folders = {step: tmp_path / "run" / "checkpoints" / f"step_0000000{step}" for step in (2, 4)}
+    before, last = (load_file(folder / "model.safetensors") for folder in folders.values())
+    assert all(torch.equal(before[name], last[name]) for name in before)
+    state = json.loads((folders[4] / "state.json").read_text())
+    assert (state["step"], state["evaluated_step"], state["skipped"]) == (4, 4, 2)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["state"] == "done"
+
+
 def test_a_gradient_that_is_not_finite_stops_where_that_is_asked_for(fashion: list[str], tmp_path: Path) -> None:
-    """In one line, saved, nothing applied. Fails when training goes on."""
+    """In one line, saved, nothing applied; and the arguments that the line advises go on in the same folder.
+
+    Mutations: training goes on; advise a key without its permission.
+    """
     argv = [sys.executable, *TRAIN, *fashion, "--model.args={poison: [12, 0]}", "--engine.not_finite=stop",
             f"--run.dir={tmp_path}", "--run.name=run"]  # fmt: skip
     session = Session(argv, tmp_path / "log")
@@ -71,6 +96,12 @@ def test_a_gradient_that_is_not_finite_stops_where_that_is_asked_for(fashion: li
     assert session.log.read_text().splitlines()[-1].startswith(line)
     assert (tmp_path / "run" / "STATE").read_text() == "mistake\n"
     assert all(torch.isfinite(value).all() for value in tensors(tmp_path / "run").values())
+    advised = re.search(r"\((--lr\.peak=\S+ --run\.allow_change=\S+)\)", session.log.read_text())
+    assert advised is not None
+    again = Session([*argv, *shlex.split(advised[1])], tmp_path / "log")
+    again.wait()  # this network is poisonous again, four steps later
+    assert "resuming from step_00000004" in again.log.read_text()
+    assert metrics(tmp_path / "run", "train/lr")[-1] < 0.05
 
 
 def test_too_little_memory_names_the_micro_batch_and_smaller_ones(fashion: list[str], tmp_path: Path) -> None:
