@@ -5,7 +5,9 @@
 set -euo pipefail
 if [ $# -lt 2 ]; then echo "usage: $0 train CONFIG.yaml [--key.sub value ...]" >&2; exit 2; fi
 # Also says in one line what is wrong with the config, before ranks start.
-NPROC=$(dist-trainer plan "${@:2}" --show world ${NPROC:+--gpus "$NPROC"})
+figures=$(dist-trainer plan "${@:2}" --show world,stop_seconds ${NPROC:+--gpus "$NPROC"})
+{ read -r NPROC; read -r stop; } <<< "$figures"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-$stop}  # until torchrun kills ranks that save
 # torchrun, but it ends as its ranks do, and it derives threads and addresses.
 dist-trainer agent --standalone --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-0}" -m dist_trainer "$@" &
 pid=$!

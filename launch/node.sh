@@ -9,8 +9,9 @@ if [ $# -lt 2 ] || [ -z "${MASTER_ADDR:-}" ] || [ -z "${NNODES:-}" ]; then
   echo "usage: MASTER_ADDR=HOST NNODES=N $0 train CONFIG.yaml [--key.sub value ...]" >&2; exit 2
 fi
 # Also says in one line what is wrong with the config, before ranks start.
-figures=$(dist-trainer plan "${@:2}" ${NPROC:+--at_most "$NPROC"} --show run,world) || exit
-{ read -r run; read -r NPROC; } <<< "$figures"
+figures=$(dist-trainer plan "${@:2}" ${NPROC:+--at_most "$NPROC"} --show run,world,stop_seconds) || exit
+{ read -r run; read -r NPROC; read -r stop; } <<< "$figures"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-$stop}  # until torchrun kills ranks that save
 
 told=''
 trap 'told=1; kill -TERM "$pid" 2>/dev/null' TERM HUP USR1  # torchrun tells its ranks; of SIGUSR1 it would die

@@ -9,9 +9,11 @@ from dist_trainer.config.arguments import new_parser, parse_config, stem
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.stream import num_workers
+from dist_trainer.distributed.watchdog import STOP_S
 from dist_trainer.distributed.world import World, alone, devices
 from dist_trainer.errors import UserError, nearest, plural, readable_size
 from dist_trainer.log.console import Terminal
+from dist_trainer.log.tracker import STOP_PATIENCE_S
 from dist_trainer.models.pretrained import advised_rate, find_pretrained
 from dist_trainer.plan import largest_world, num_slots
 from dist_trainer.run.advice import num_parameters, warnings
@@ -111,6 +113,7 @@ def plan_figures(
         "lr_peak": rate.peak,
         "lr_last": rate(plan.total_steps - 1),
         "bits": promise(config),
+        "stop_seconds": math.ceil(STOP_S + config.checkpoint.grace + STOP_PATIENCE_S),
         "checkpoint_bytes": disk.checkpoint,
         "disk_bytes": disk.in_all,
         "shared_bytes_per_rank": needs.shared if needs else None,

@@ -240,6 +240,7 @@ def test_the_figures_of_the_fashion_mnist_plan_are_those_worked_out_by_hand(caps
         "lr_peak": 0.4,
         "lr_last": pytest.approx(0.4 * (3.14159265 / 1645) ** 2 / 4, rel=1e-5),  # 1 - cos x = x^2 / 2 for small x
         "bits": "up to rounding on another number of ranks: engine.sums is fast",
+        "stop_seconds": 50,  # 20 without a step, 20 of checkpoint.grace, 10 for W&B
         "checkpoint_bytes": 8 * (277_674 + 990 * 97) + 960 * 4 + 7 * 8,  # weights, momentum, statistics of 7 layers
         "disk_bytes": 3 * (8 * 373_704 + 3896) + 2 * (4 * 373_704 + 3896),  # 2 kept, 1 written; best weights likewise
         "shared_bytes_per_rank": None,  # the images, and so their size, are not here
