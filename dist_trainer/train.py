@@ -7,7 +7,7 @@ from typing import NoReturn
 from dist_trainer.data.batch import Batch
 from dist_trainer.errors import LocalError, UserError
 from dist_trainer.run.advice import against_infinity
-from dist_trainer.run.saving import hear, save
+from dist_trainer.run.saving import counts, hear, save
 from dist_trainer.run.scoring import score_all, score_average
 from dist_trainer.run.state import Run
 from dist_trainer.run.step_sums import CANNOT_SAVE, Stopped
@@ -87,6 +87,7 @@ def training_metrics(run: Run) -> dict[str, float | int | None]:
         "train/skipped": progress.skipped,
         **({"ema/decay": learner.ema.decay} if learner.ema is not None else {}),
         "data/bad": run.record.bad_samples.num_bad,
+        **counts(run),
         **({"train/beyond": run.sums.num_beyond} if learner.engine.is_exact else {}),
     }
 

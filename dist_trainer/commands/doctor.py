@@ -7,7 +7,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -137,7 +136,7 @@ def clocks(world: World) -> Finding:
 
 def run_dir(config: TrainConfig, world: World) -> Finding:
     """That rank 0 can write where run folders are made, and all hosts see it."""
-    root, token = Path(config.run.dir).expanduser(), f".doctor-{os.getpid()}-{time.time_ns()}"
+    root, token = config.run.root, f".doctor-{os.getpid()}-{time.time_ns()}"
 
     def write() -> str:
         try:
@@ -233,7 +232,7 @@ def network_finding(config: TrainConfig, blueprint: Blueprint, bytes_per_s: floa
 
 
 def space(config: TrainConfig, world: World, needed: int) -> Finding:
-    root = Path(config.run.dir).expanduser()
+    root = config.run.root
 
     def look() -> Finding:
         free = shutil.disk_usage(root).free

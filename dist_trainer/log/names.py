@@ -30,6 +30,8 @@ SPEED = {
     "perf/seconds_rest": "of training since then otherwise: backward, exchange, update, EMA",
     "perf/seconds_eval": "of evaluations since then",
     "perf/seconds_save": "of saving since then",
+    "perf/failed_saves": "checkpoints, best weights and snapshots of this start that the disk refused",
+    "perf/failed_copies": "with run.mirror: copies of this start that its storage refused",
     "perf/memory_host": "bytes: resident peak of the rank with the largest, without its loader processes",
     "perf/memory_device": "bytes: peak of tensors on the GPU, of the rank with the largest",
     "perf/slowest_rank": "the rank with the longest time for data and forwards since then",

@@ -80,6 +80,7 @@ def make_blueprint(
     config.engine.check()
     config.log.check(config.wandb)
     config.checkpoint.check()
+    config.run.check()
     if config.model.sync_bn:
         check_sync_bn(plan, config.model.freeze)
     rate = LearningRate(config.lr, plan)

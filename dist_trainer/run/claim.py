@@ -54,7 +54,7 @@ def claim_or_initialise(
     terminal: Terminal,
 ) -> Claim:
     """`claim_folder`; a run without checkpoints also loads the configured initial weights, if any (collective)."""
-    has_checkpoints = on_main(world, lambda: bool(checkpoint.complete(folder.checkpoints)))
+    has_checkpoints = on_main(world, folder.has_checkpoints)
     initial = None
     if not has_checkpoints:  # before the claim, so that a mistake leaves no folder
         initial = load_initial_weights(config, model, world)
@@ -94,7 +94,7 @@ def check_hosts(folder: RunFolder, token: str, world: World) -> None:
 
     Rank 0 alone writes it, but after a restart rank 0 may be elsewhere.
     """
-    if world.size == world.local_size:
+    if world.size == world.local_size or folder.uploader is not None:  # every host can go on from a mirror
         return
     blind = "" if world.local_rank or sees_owner(folder.path, token) else socket.gethostname()
     if blind_hosts := [host for host in gather_json(world, blind) if host]:
@@ -142,6 +142,8 @@ def claim_on_main(
     }
     if folder.read_state() == "done" and folder.read_summary() is not None and not changed:
         folder.write_state("done")  # of this attempt, too
+        if folder.uploader is not None and (missing := folder.uploader.copy_rest()):
+            terminal.say(f"warning: {missing}")
         folder.release()
         return {**found, "is_complete": True, "checkpoint": None}
     for change in changed:

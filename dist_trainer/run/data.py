@@ -69,7 +69,7 @@ def _find_indices(config: TrainConfig) -> dict[str, Any]:
     """{"indices": {"train": (path, fingerprint), "val": ...}, "notes": lines for the user}; on one rank."""
     data = config.data
     data.check()
-    fallback = Path(config.run.dir).expanduser() / ".index"
+    fallback = config.run.root / ".index"
     names = ("train", "val") if data.source == "index" else ("val",)
     found = {
         name: prepare_index(

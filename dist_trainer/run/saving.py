@@ -1,6 +1,8 @@
 """Checkpoints of a run: handed to the folder's writer, which writes them behind training."""
 
 import copy
+import time
+from dataclasses import replace
 from typing import Any
 
 from dist_trainer.distributed.collectives import on_main
@@ -52,8 +54,10 @@ def save(run: Run) -> None:
 def commit(run: Run, tensors: dict[str, State], state: dict[str, Any]) -> None:
     """Write a checkpoint and remove those that it displaces; on the writer's thread."""
     folder, averaging = run.record.folder, run.learner.averaging
-    root, retention = folder.checkpoints, run.record.retention
+    root, retention, uploader = folder.checkpoints, run.record.retention, folder.uploader
     folder.check_owner()
+    if uploader is not None and (copied := uploader.mirror.pinned) is not None:
+        retention = replace(retention, for_ever=lambda step: step == copied or run.record.retention.for_ever(step))
 
     def keep_snapshots(*more: int) -> None:
         if averaging is not None:
@@ -63,6 +67,8 @@ def commit(run: Run, tensors: dict[str, State], state: dict[str, Any]) -> None:
     keep_snapshots(state["evaluated_step"])  # before it is complete, since a kill may come between
     checkpoint.save(root, state["step"], tensors, state, retention)
     keep_snapshots()
+    if uploader is not None:
+        uploader.request(run.record.retention)
 
 
 def grace_ends(run: Run) -> float | None:
@@ -73,11 +79,28 @@ def grace_ends(run: Run) -> float | None:
 def hear(run: Run) -> None:
     """Tell what the writer has to say. After too many checkpoints that failed, every rank stops after this step."""
     if run.world.is_main:
-        writer = run.record.folder.writer
-        for line in writer.tell():
+        writer, uploader = run.record.folder.writer, run.record.folder.uploader
+        for line in [*writer.tell(), *(uploader.tell() if uploader is not None else [])]:
             run.record.tracker.terminal.say(line)
         if writer.gives_up:
             run.sums.ask_for(CANNOT_SAVE)
+
+
+def last_copies(run: Run) -> None:
+    """Wait until the mirror has everything, after a stop as long as checkpoint.grace says; on rank 0."""
+    uploader, ends = run.record.folder.uploader, grace_ends(run)
+    if uploader is not None:
+        left = run.config.data.retry.deadline if ends is None else max(0.0, ends - time.monotonic())
+        missing = uploader.finish(left)
+        for line in [*uploader.tell(), *([f"warning: {missing}"] if missing else [])]:
+            run.record.tracker.terminal.say(line)
+
+
+def counts(run: Run) -> dict[str, int]:
+    """Metrics of what could not be written or copied so far."""
+    folder = run.record.folder
+    copies = {"perf/failed_copies": folder.uploader.failed} if folder.uploader is not None else {}
+    return {"perf/failed_saves": folder.writer.failed, **copies}
 
 
 def retention_of(config: CheckpointConfig, weights: Weights, plan: Plan, intervals: Intervals) -> Retention:

@@ -41,6 +41,8 @@ from dist_trainer.run.weights import Weights
 from dist_trainer.run_folder.environment import git_revision
 from dist_trainer.run_folder.folder import RunConfig, RunFolder
 from dist_trainer.run_folder.identity import auto_name, check_allowed, find_run, identity
+from dist_trainer.run_folder.mirror import Mirror
+from dist_trainer.storage.storage import Storage
 from dist_trainer.tricks.batch_norm import RunningStatistics
 from dist_trainer.tricks.ema import Ema, EmaConfig
 from dist_trainer.tricks.sync_bn import synchronised
@@ -81,7 +83,7 @@ def prepare_run(config: TrainConfig, *, stem: str, world: World, terminal: Termi
     claim = claim_or_initialise(
         config,
         model=blueprint.model,
-        folder=RunFolder(Path(folder), config.checkpoint),
+        folder=RunFolder(Path(folder), config.checkpoint, mirror_of(config, Path(folder).name)),
         identity_keys=identity_keys,
         world=world,
         terminal=terminal,
@@ -106,13 +108,21 @@ def choose_folder(config: RunConfig, stem: str, identity_keys: Mapping[str, Any]
     Under `wandb agent` each trial has its own, named after it: handed out again, it goes on there.
     """
     check_allowed(config.allow_change)
-    root = Path(config.dir).expanduser()
+    root = config.root
     trial = os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
     if config.name != "auto" or trial:
         name = auto_name(stem, identity_keys) if config.name == "auto" else config.name
         return str(root / (f"{name}-{trial}" if trial else name)), ""
     name, similar = find_run(root, stem, identity_keys, config.allow_change)
     return str(root / name), similar
+
+
+def mirror_of(config: TrainConfig, name: str) -> Mirror | None:
+    """The second copy of the run of this name, if there is to be one."""
+    if config.run.mirror_root is None:
+        return None
+    storage = Storage(config.data.storage_options, config.data.retry)
+    return Mirror(f"{config.run.mirror_root.rstrip('/')}/{name}", storage)
 
 
 def build_run(
@@ -254,7 +264,7 @@ def open_logs(
     prepared: PreparedRun, *, config: TrainConfig, learner: Learner, record: Record, progress: Progress, world: World
 ) -> None:
     """Training continues from here: write the folder's files, continue snapshots, metrics and W&B (collective)."""
-    claim, folder, terminal = prepared.claim, record.folder, record.tracker.terminal
+    claim, folder, terminal, step = prepared.claim, record.folder, record.tracker.terminal, progress.step
 
     def write() -> list[dict[str, Any]]:
         folder.write_classes(prepared.data.train.class_names)
@@ -267,6 +277,7 @@ def open_logs(
             step=progress.step,
         )
         folder.write_state("running")
+        folder.begin(step)
         return folder.read_changes()
 
     history = on_main(world, write)

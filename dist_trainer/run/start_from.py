@@ -34,7 +34,7 @@ def find_source(config: TrainConfig) -> Source | None:
     match = re.fullmatch(r"(.+?)(?:@(\d+))?(\+optimizer)?", config.run.start_from)
     assert match is not None, "the first group takes whatever the others leave"
     name, step, with_optimizer = match[1], match[2], bool(match[3])
-    run = _run_folder(name, Path(config.run.dir).expanduser())
+    run = _run_folder(name, config.run.root)
     if with_optimizer and (other := _optimizer_of(run)) != config.optimizer.name:
         raise UserError(
             f"run.start_from: the optimizer of {run} is {other}, and optimizer.name is {config.optimizer.name}; leave "

@@ -10,7 +10,7 @@ from dist_trainer.plan import Plan
 from dist_trainer.run.advice import keys_to_turn
 from dist_trainer.run.pictures import draw_predictions
 from dist_trainer.run.promise import promise
-from dist_trainer.run.saving import grace_ends
+from dist_trainer.run.saving import grace_ends, last_copies
 from dist_trainer.run.state import Run
 from dist_trainer.run_folder.environment import git_revision
 from dist_trainer.run_folder.folder import State
@@ -49,6 +49,7 @@ def finish_run(run: Run, state: State, reason: str | None = None) -> dict[str, A
         record.folder.write_summary(summary)
         record.folder.write_state(state)
         record.tracker.close(is_done=state == "done")  # reads these; W&B may wait for a network
+        last_copies(run)
         record.folder.release()
 
     if state == "done":

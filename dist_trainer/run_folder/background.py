@@ -76,6 +76,8 @@ class BackgroundWriter:
         self._ends = False
         self.failed_in_a_row = 0
         """Checkpoints that were not written since the last one that was."""
+        self.failed = 0
+        """Writes that the storage refused, in all."""
 
     @property
     def gives_up(self) -> str | None:
@@ -208,6 +210,7 @@ class BackgroundWriter:
         except BaseException as error:
             self._error = error
         with self._changed:
+            self.failed += failed
             if failed:
                 former, self._failed[each.kind] = self._failed.get(each.kind), (each, str(line))
                 if former is not None and each.kind != "checkpoint":

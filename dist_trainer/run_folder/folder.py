@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,14 +13,17 @@ import yaml
 
 from dist_trainer.distributed.processes import ATTEMPT
 from dist_trainer.errors import UserError
-from dist_trainer.run_folder import checkpoint
+from dist_trainer.run_folder import checkpoint, lineage
 from dist_trainer.run_folder.background import BackgroundWriter
 from dist_trainer.run_folder.checkpoint import CheckpointConfig
 from dist_trainer.run_folder.environment import describe_environment
 from dist_trainer.run_folder.identity import FREE, Change, changes, flatten, is_fixed, read_identity, row_of
+from dist_trainer.run_folder.mirror import Mirror
 from dist_trainer.run_folder.owner import Ownership
+from dist_trainer.run_folder.uploader import Uploader
 from dist_trainer.run_folder.what_follows import read_state
 from dist_trainer.storage.atomic import replace_text
+from dist_trainer.storage.storage import is_remote, refuse_secret_url
 
 State = Literal["running", "done", "stopped", "failed", "mistake", "fault", "interrupted"]
 """Of a run. Only a SIGKILL or a loss of power leaves "running" behind; the others are ends (errors.EXIT_STATUS).
@@ -30,7 +35,10 @@ class RunConfig:
     """Where the run lives, and its seed."""
 
     dir: str = "runs"
-    """Where run folders are made."""
+    """Where run folders are made. A URL: in a scratch folder of the host, with this as `mirror`."""
+    mirror: str | None = None
+    """A second copy of each run folder is kept here, at any URL that fsspec knows (s3://bucket/runs) or path; a run
+    whose folder is missing goes on from it, on any host."""
     name: str = "auto"
     """auto: the config's stem and 8 hex digits of what changes the result, so that starting again resumes."""
     timeout: float = 600.0
@@ -46,6 +54,26 @@ class RunConfig:
     its momentum and moving average too. The rate and the order of samples begin anew."""
     allow_change: list[str] = field(default_factory=list)
     """Keys that may have another value than the run was started with: it goes on with the new one."""
+
+    @property
+    def root(self) -> Path:
+        """Where run folders are made on this host."""
+        if not is_remote(self.dir):
+            return Path(self.dir).expanduser()
+        return Path(tempfile.gettempdir()) / f"dist_trainer-{os.getuid()}" / re.sub(r"[^\w.-]+", "-", self.dir)
+
+    @property
+    def mirror_root(self) -> str | None:
+        """Where their copies are kept."""
+        return self.dir if is_remote(self.dir) else self.mirror
+
+    def check(self) -> None:
+        """Raises UserError for places that exclude each other, or hold a secret."""
+        if is_remote(self.dir) and self.mirror:
+            raise UserError(f"run.mirror: {self.mirror}: run.dir is a URL, and is the mirror itself; leave one out")
+        for place in filter(None, (self.dir, self.mirror)):
+            if is_remote(place):
+                refuse_secret_url(place)
 
 
 @dataclass(frozen=True)
@@ -63,16 +91,34 @@ class Start:
 class RunFolder:
     """`path`, owned by this process from `claim` until `release`. Used on rank 0 alone."""
 
-    def __init__(self, path: Path, saving: CheckpointConfig | None = None) -> None:
+    def __init__(self, path: Path, saving: CheckpointConfig | None = None, mirror: Mirror | None = None) -> None:
         self.path = path
         self._ownership = Ownership(path)
         saving = saving or CheckpointConfig()
         self.writer = BackgroundWriter(path, saving.max_failed, in_background=saving.background)
         """Of everything that is large."""
+        self.uploader = Uploader(mirror, path) if mirror is not None else None
+        """Of the second copy, if there is to be one."""
 
     def claim(self, say: Callable[[str], None] = print) -> None:
-        """Become the folder's owner. Raises UserError while another live trainer is; `say` tells of waiting for it."""
+        """Become the owner of the folder, and of its mirror, and bring it up to date from that; `say` tells of it.
+
+        Raises UserError while another live trainer is, and for a mirror that has parted from the folder.
+        """
         self._ownership.claim(say)
+        if self.uploader is not None:
+            try:
+                self.uploader.claim(say)
+            except BaseException:
+                self._ownership.release()
+                raise
+
+    def begin(self, step: int) -> None:
+        """Training goes on from `step`: the folder and its mirror remember this start."""
+        begins = [*lineage.read(self.path), lineage.Begin(self.token, step)]
+        lineage.write(self.path, begins)
+        if self.uploader is not None:
+            self.uploader.begin(begins)
 
     @property
     def token(self) -> str:
@@ -80,11 +126,21 @@ class RunFolder:
         return self._ownership.token
 
     def check_owner(self) -> None:
-        """Raises LocalError if another trainer has taken the folder."""
+        """Raises LocalError if another trainer has taken the folder, or its mirror."""
         self._ownership.check()
+        if self.uploader is not None:
+            self.uploader.check()
 
     def release(self) -> None:
+        if self.uploader is not None:
+            self.uploader.release()
         self._ownership.release()
+
+    def has_checkpoints(self) -> bool:
+        """Here or, where there are none, in the mirror. Raises UserError where that cannot be read."""
+        if checkpoint.complete(self.checkpoints):
+            return True
+        return self.uploader is not None and self.uploader.has_checkpoints()
 
     @property
     def checkpoints(self) -> Path:

@@ -145,6 +145,7 @@ KEYS: dict[str, First | str] = {
     "run.allow_change": PLACE,
     "run.deterministic": FREE,
     "run.dir": PLACE,
+    "run.mirror": PLACE,
     "run.name": PLACE,
     "run.seed": First(0, fixed=True),
     "run.start_from": First(None, fixed=True),

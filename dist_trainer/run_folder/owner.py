@@ -39,6 +39,37 @@ def _process_table() -> str | None:
         return None
 
 
+def describe_self(token: str) -> dict[str, Any]:
+    """What owner.json says of this process."""
+    return {
+        "host": socket.gethostname(),
+        "processes": _process_table(),
+        "pid": os.getpid(),
+        "started": _process_start(os.getpid()),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "attempt": os.environ.get(ATTEMPT),
+        "token": token,
+        "heartbeat": time.time(),
+    }
+
+
+def is_self(owner: dict[str, Any]) -> bool:
+    """Whether this very process was the owner, as before a roll-back."""
+    own = describe_self("")
+    return all(owner.get(name) == own[name] for name in ("host", "processes", "pid", "started"))
+
+
+def lives(owner: dict[str, Any]) -> bool | None:
+    """Whether an owner is there still, as far as this host can tell; None: only a further heartbeat will."""
+    table = owner.get("processes")
+    if table == _process_table() if table else owner.get("host") == socket.gethostname():
+        return _process_start(int(owner["pid"])) == owner.get("started")
+    same_job = bool(owner.get("job")) and owner["job"] == os.environ.get("SLURM_JOB_ID")
+    if same_job and owner.get("attempt") != os.environ.get(ATTEMPT):
+        return False  # Slurm begins a job's next attempt when it has ended the one before
+    return None
+
+
 class Ownership:
     """This process's claim to the run folder `path`, from `claim` until `release`."""
 
@@ -71,13 +102,8 @@ class Ownership:
         threading.Thread(target=self._beat_on, daemon=True, name="run folder heartbeat").start()
 
     def _is_live(self, owner: dict[str, Any], say: Callable[[str], None]) -> bool:
-        table = owner.get("processes")
-        if table == _process_table() if table else owner.get("host") == socket.gethostname():
-            return _process_start(int(owner["pid"])) == owner.get("started")
-        same_job = bool(owner.get("job")) and owner["job"] == os.environ.get("SLURM_JOB_ID")
-        if same_job and owner.get("attempt") != os.environ.get(ATTEMPT):
-            return False  # Slurm begins a job's next attempt when it has ended the one before
-        return self._goes_on_writing(owner, say)
+        known = lives(owner)
+        return self._goes_on_writing(owner, say) if known is None else known
 
     def _goes_on_writing(self, owner: dict[str, Any], say: Callable[[str], None]) -> bool:
         """Whether an owner elsewhere does so. Ages are by the clock of the file system, since hosts' may differ."""
@@ -98,17 +124,7 @@ class Ownership:
         return False
 
     def _beat(self) -> None:
-        owner = {
-            "host": socket.gethostname(),
-            "processes": _process_table(),
-            "pid": os.getpid(),
-            "started": _process_start(os.getpid()),
-            "job": os.environ.get("SLURM_JOB_ID"),
-            "attempt": os.environ.get(ATTEMPT),
-            "token": self.token,
-            "heartbeat": time.time(),
-        }
-        replace_text(self.path / "owner.json", json.dumps(owner), shared=True)
+        replace_text(self.path / "owner.json", json.dumps(describe_self(self.token)), shared=True)
 
     def _beat_on(self) -> None:
         while not self._released.wait(HEARTBEAT_S):

@@ -4,13 +4,15 @@ Every request is retried, except after errors that will not pass (no such file, 
 credentials in the environment or in their own files; nothing here reads them.
 """
 
+import contextlib
 import io
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -20,6 +22,7 @@ import fsspec
 from fsspec.asyn import sync
 
 from dist_trainer.errors import UserError
+from dist_trainer.storage.atomic import replacing
 from dist_trainer.storage.retry import RetryConfig, ShortRead, in_background, lasting_local, lasting_remote, retrying
 
 __all__ = ["RetryConfig", "ShortRead", "Stat", "Storage", "is_remote", "refuse_secret_url", "refuse_secrets"]
@@ -30,6 +33,7 @@ CHUNK = 2**23  # bytes of one request while a whole file is read
 _RETRY = RetryConfig()
 _STAMPS = ("ETag", "etag", "blob_id", "LastModified", "Last-Modified", "last_modified", "updated", "mtime")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf", "http": "http", "https": "http"}
+_OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "hf")  # have no folders to make
 _SECRET = re.compile(
     r"key|secret|token|password|passwd|pwd|passphrase|credentials?|authorization|cookies?|signature|sig|sas"
     r"|connectionstring|bearer|auth"
@@ -140,23 +144,37 @@ class Storage:
             system.retries = 1  # s3fs's own, likewise
         return system
 
-    def _ask(self, location: str, verb: str, check: Callable[[Any], T], **arguments: Any) -> T:
-        """`verb` of the file system, retried until `check` of its answer raises nothing."""
+    def _ask(
+        self,
+        location: str,
+        verb: str,
+        check: Callable[[Any], T],
+        *,
+        more_s: float = 0.0,
+        content: bytes | Path | None = None,
+        **arguments: Any,
+    ) -> T:
+        """`verb` of the file system, retried until `check` of its answer raises nothing. `more_s`: seconds that it may
+        take beyond those of the config, for each attempt and in all."""
 
         def attempt(timeout: float) -> T:
             system, path = self._at(location)
+            placed: tuple[Any, ...] = (path,) if content is None else (path, content)
+            if isinstance(content, Path):
+                placed = (str(content), path)
             if verb != "cat_file":
                 system.invalidate_cache()  # a cached listing may be outdated
             try:
                 if system.async_impl:  # cancelled when it takes too long, so its connection is free again
-                    answer = sync(system.loop, getattr(system, f"_{verb}"), path, timeout=timeout, **arguments)
+                    answer = sync(system.loop, getattr(system, f"_{verb}"), *placed, timeout=timeout, **arguments)
                 else:
-                    answer = in_background(partial(getattr(system, verb), path, **arguments)).result(timeout)
+                    answer = in_background(partial(getattr(system, verb), *placed, **arguments)).result(timeout)
             except TimeoutError as error:
                 raise error if str(error) else TimeoutError(f"no answer in {timeout:.3g} s") from None
             return check(answer)
 
-        return retrying(location, attempt, self._retry, lasting_remote(location), self._retried)
+        config = replace(self._retry, timeout=self._retry.timeout + more_s, deadline=self._retry.deadline + more_s)
+        return retrying(location, attempt, config, lasting_remote(location), self._retried)
 
     def _local(self, location: str, work: Callable[[], T]) -> T:
         """Retry local paths too: NFS and Lustre lose their servers. If the kernel hangs, no thread helps."""
@@ -209,17 +227,49 @@ class Storage:
             data = self._local(location, local)
         else:
             whole_file = start == 0 and length is None
-            bounds = {} if whole_file else {"start": start, "end": None if length is None else start + length}
+            bounds: dict[str, Any] = (
+                {} if whole_file else {"start": start, "end": None if length is None else start + length}
+            )
             data = self._ask(location, "cat_file", whole, **bounds)
         with self._lock:
             self.bytes_read += len(data)
         return data
+
+    def write(self, location: str, content: bytes | Path) -> None:
+        """Put a small text, or the file at a path, there. A reader sees the former content or the whole new one, but
+        on file systems behind a URL (sftp://). A second is added to the times of the config for each megabyte."""
+        size = content.stat().st_size if isinstance(content, Path) else len(content)
+        if not is_remote(location):
+            self._local(location, lambda: _write_local(Path(location), content))
+            return
+        system, path = self._at(location)
+        if location.split("://", 1)[0] not in _OBJECT_STORES:
+            system.makedirs(path.rpartition("/")[0], exist_ok=True)
+        verb = "put_file" if isinstance(content, Path) else "pipe_file"
+        self._ask(location, verb, lambda answer: None, more_s=size / 1e6, content=content)
+
+    def remove(self, location: str) -> None:
+        """Remove a file; it is no error if there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            if is_remote(location):
+                self._ask(location, "rm_file", lambda answer: None)
+            else:
+                self._local(location, Path(location).unlink)
 
     def open(self, location: str) -> BinaryIO:
         """A seekable file for sequential reading. At a URL: large requests, with the next one already running."""
         if not is_remote(location):
             return self._local(location, lambda: Path(location).open("rb"))
         return cast(BinaryIO, io.BufferedReader(_Stream(self, location, self.stat(location).size), 2**16))
+
+
+def _write_local(path: Path, content: bytes | Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, durable=True) as temporary:
+        if isinstance(content, Path):
+            shutil.copyfile(content, temporary)
+        else:
+            temporary.write_bytes(content)
 
 
 class _Stream(io.RawIOBase):

@@ -113,7 +113,7 @@ def test_an_extra_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPa
 def test_every_metric_of_a_run_is_in_the_table(tmp_path: Path, fashion: list[str]) -> None:
     """Also those of two ranks, with EMA, averages, exact sums. Mutation: a new name that names.py lacks."""
     more = ["--ema.decay=0.9", "--averaging.top_k=2", "--precise_bn.num_samples=256", "--engine.sums=exact"]
-    argv = [*TINY, *fashion, *more, "--eval.every=10step"]
+    argv = [*TINY, *fashion, *more, "--eval.every=10step", f"--run.mirror={tmp_path / 'mirror'}"]
     run_jobs(2, [{"name": "run", "argv": argv, "stop_at": 8}, {"name": "run", "argv": argv}], tmp_path)
     lines = list(read_rows(tmp_path / "run" / "metrics.jsonl"))
     names = {name for line in lines for name in line} - {"step", "epoch"}
