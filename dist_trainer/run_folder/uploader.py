@@ -53,7 +53,7 @@ class Uploader:
             self._bring_back(say)
         except _REFUSED as error:
             if not checkpoint.complete(self._run / "checkpoints"):
-                self.has_checkpoints()  # raises, unless it can be read by now
+                raise _unread(error) from None
             say(f"warning: run.mirror: {_line(error)}; going on from {self._run}; copied once it can be reached")
         except BaseException:
             self.release()
@@ -64,9 +64,7 @@ class Uploader:
         try:
             return bool(self.mirror.manifests("checkpoints"))
         except _REFUSED as error:
-            raise UserError(
-                f"run.mirror: cannot be read, and no checkpoint is here to go on from: {_line(error)}"
-            ) from None
+            raise _unread(error) from None
 
     def _read_owner(self) -> dict[str, Any] | None:
         try:
@@ -233,6 +231,10 @@ class Uploader:
                     self._taken = True
                     return
                 self._beat()
+
+
+def _unread(error: Exception) -> UserError:
+    return UserError(f"run.mirror: cannot be read, and no checkpoint is here to go on from: {_line(error)}")
 
 
 def _line(error: Exception) -> str:
