@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dist_trainer.commands.ranks import ranks
-from dist_trainer.config.arguments import new_parser, parse_config, run_folder_argument
+from dist_trainer.config.arguments import new_parser, parse_config, run_folder_argument, value_of
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.distributed.collectives import on_main, read_on_main
 from dist_trainer.distributed.world import World
@@ -30,7 +30,7 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--files", type=list[str], default=[], help="these safetensors files instead")
     parser.add_argument("--greedy", action="store_true", help="keep a member only if validation does not drop")
     parser.add_argument("--out", type=str | None, default=None, help="default: average.safetensors in the run folder")
-    run, argv = run_folder_argument(argv)
+    run, argv = run_folder_argument(argv, "checkpoints" if value_of(argv, "last") else "snapshots")
     if run is None and not {"-h", "--help"} & set(argv):
         raise UserError("average: give a run folder, such as runs/my-1a2b3c4d")
     config, values = parse_config(parser, argv)

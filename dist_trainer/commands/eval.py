@@ -9,6 +9,8 @@ from dist_trainer.config.arguments import new_parser, parse_config, run_folder_a
 from dist_trainer.errors import UserError
 from dist_trainer.run.evaluation import evaluate_weights
 from dist_trainer.run_folder.checkpoint import newest
+from dist_trainer.run_folder.fetch import local_weights
+from dist_trainer.storage.storage import Storage
 
 
 def command(argv: list[str]) -> int:
@@ -17,7 +19,7 @@ def command(argv: list[str]) -> int:
         "--weights",
         type=str | None,
         default=None,
-        help="a checkpoint folder or safetensors file; default: the run's best",
+        help="a checkpoint folder or safetensors file, also at a URL; default: the run's best",
     )
     parser.add_argument(
         "--of",
@@ -32,11 +34,12 @@ def command(argv: list[str]) -> int:
         help="timm/MODEL[.TAG] or torchvision/MODEL[.TAG]: their weights beside their published accuracy, instead of a "
         "run's: are the labels right? Needs no config, only --data.val; with --weights a file of that model",
     )
-    folder, argv = run_folder_argument(argv)
+    folder, argv = run_folder_argument(argv, *(() if value_of(argv, "weights") else ("best",)))
     if name := value_of(argv, "pretrained"):
         return eval_published(parser, name, argv)
     config, values = parse_config(parser, argv)
-    weights = _weights(values.weights, folder)
+    storage = Storage(config.data.storage_options, config.data.retry)
+    weights = _weights(values.weights, folder, storage)
     with ranks() as (world, terminal):
         result, digest = evaluate_weights(config, weights, world, terminal, values.of)
         m = result.metrics
@@ -48,10 +51,10 @@ def command(argv: list[str]) -> int:
     return 0
 
 
-def _weights(given: str | None, run: Path | None) -> Path:
+def _weights(given: str | None, run: Path | None, storage: Storage) -> Path:
     """The weights that --weights names, or the best of a run folder. Raises UserError."""
     if given is not None:
-        return Path(given)
+        return local_weights(given, storage)
     if run is None:
         raise UserError("--weights: is required with a config; with a run folder, its best are taken")
     best, _ = newest(run / "best")

@@ -26,6 +26,7 @@ USAGE = """usage: dist-trainer COMMAND ...
   shards check LOCATION [--level decode]    compare shards with their index; lists bad samples
   wandb-sync RUN                            upload a run to W&B, each step once, whatever its attempts have left there
   report RUN [RUN ...]                      how runs went: one HTML page, and PNG files; they may still train
+  checkpoints ls|verify|show RUN            what a run has saved, whether it is whole, and what is in it
   runs [DIR] [--watch]                      one line a run: state, step, epoch, best, last sign of life, where
   agent ARGUMENTS                           torchrun that ends as its ranks do, for launch/ and slurm/
   what-follows RUN [--status N]             what a script does next, as STATE says: for slurm/
@@ -57,6 +58,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
         line = loader_fault(error)
         _complain(f"dist-trainer: {_rank()}{line}" if line else _rank() + _fault(error))
         status, alone = EXIT_STATUS["mistake" if line else "fault"], True
+    if copies := sys.modules.get("dist_trainer.run_folder.fetch"):
+        copies.remove_copies()
     # Not sys.exit: after an error, other ranks may wait in a collective that interpreter shutdown would wait for too.
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed
@@ -91,6 +94,7 @@ COMMANDS = {
     "shards": "shards:command",
     "wandb-sync": "wandb_sync:command",
     "report": "report:command",
+    "checkpoints": "checkpoints:command",
     "runs": "runs:command",
     "agent": "agent:command",
     "what-follows": "what_follows:command",

@@ -5,21 +5,24 @@ from pathlib import Path
 from dist_trainer.config.arguments import new_parser, parse
 from dist_trainer.errors import UserError
 from dist_trainer.report.read import RunRecord, read_run
+from dist_trainer.run_folder.fetch import local_run
+from dist_trainer.storage.storage import is_remote
 
 
 def command(argv: list[str]) -> int:
     parser = new_parser("report", "One HTML page, and PNG files, of one or several run folders.", config=False)
-    parser.add_argument("runs", type=str, nargs="+", help="run folders; they may still train")
+    parser.add_argument("runs", type=str, nargs="+", help="run folders, also at a URL; they may still train")
     parser.add_argument("--out", type=str | None, default=None, help="folder; default: RUN/report, of several ./report")
     parser.add_argument("--sort", type=str, default="val/top1", help="metric by which several runs are sorted")
     options = parse(parser, argv)
-    runs = [read_run(Path(run)) for run in options.runs]
+    runs = [read_run(local_run(run, ["best"])) for run in options.runs]
     check_same_classes(runs)
     try:
         from dist_trainer.report.page import write_report
     except ImportError as error:
         raise UserError(f"report: needs {error.name}: pip install 'dist_trainer[report]'") from None
-    default = runs[0].folder / "report" if len(runs) == 1 else Path("report")
+    is_here = len(runs) == 1 and not is_remote(options.runs[0])
+    default = runs[0].folder / "report" if is_here else Path("report")
     out = Path(options.out) if options.out else default
     try:
         print(write_report(runs, out, options.sort, print))

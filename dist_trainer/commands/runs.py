@@ -9,6 +9,7 @@ from rich.text import Text
 
 from dist_trainer.config.arguments import new_parser, parse
 from dist_trainer.report.standing import find_runs, standing
+from dist_trainer.report.table import aligned
 
 
 def command(argv: list[str]) -> int:
@@ -27,7 +28,6 @@ def command(argv: list[str]) -> int:
 
 
 def table_of(root: Path) -> str:
-    """Whole lines, whatever the width of the terminal: they may go into another program."""
     rows = [("run", "state", "step", "epoch", "best top-1", "last sign of life", "host")]
     for run in sorted((standing(folder) for folder in find_runs(root)), key=lambda run: run.age_s):
         rows.append(
@@ -41,7 +41,4 @@ def table_of(root: Path) -> str:
                 run.host,
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return aligned(rows)

@@ -14,6 +14,8 @@ from dist_trainer.config.keys import check_keys
 from dist_trainer.config.preprocess import resolve_preprocess
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.errors import UserError, nearest
+from dist_trainer.run_folder.fetch import Part, local_run
+from dist_trainer.storage.storage import is_remote
 
 Parser = ArgumentParser
 """For the type of what `new_parser` gives."""
@@ -113,14 +115,15 @@ def value_of(argv: list[str], name: str) -> str | None:
     return None
 
 
-def run_folder_argument(argv: list[str]) -> tuple[Path | None, list[str]]:
+def run_folder_argument(argv: list[str], *parts: Part) -> tuple[Path | None, list[str]]:
     """(the run folder that is given instead of a config, if one is; the arguments with its config.yaml).
 
-    Raises UserError for a folder that is no run folder.
+    Of a run at a URL these parts are copied. Raises UserError for a folder that is no run folder.
     """
-    folder = Path(argv[0]) if argv and Path(argv[0]).is_dir() else None
-    if folder is None:
+    given = argv[0] if argv and not argv[0].startswith("-") else ""
+    if not is_remote(given) and not (given and Path(given).is_dir()):
         return None, argv
+    folder = local_run(given, parts)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: not a run folder: it has no config.yaml")
     return folder, [str(folder / "config.yaml"), *argv[1:]]

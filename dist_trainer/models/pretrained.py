@@ -26,6 +26,7 @@ from dist_trainer.errors import UserError, some
 from dist_trainer.models import ModelConfig
 from dist_trainer.models.published import Published, chosen, fetch, tags_of
 from dist_trainer.run_folder import checkpoint
+from dist_trainer.run_folder.fetch import local_weights
 from dist_trainer.storage.storage import Storage, is_remote
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -84,6 +85,9 @@ def load_pretrained(config: ModelConfig, storage: Storage, model: nn.Module, wor
     return loaded
 
 
+_ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".pkl", ".ckpt")
+
+
 def find_pretrained(config: ModelConfig, storage: Storage) -> Published | str:
     """The published weights, or the location of a file or folder, that `config.pretrained` names.
 
@@ -109,10 +113,13 @@ def read_weights(location: str, storage: Storage) -> tuple[Mapping[str, Any], st
 
     Raises UserError for what cannot be read or must not be unpickled.
     """
-    if not is_remote(location) and Path(location).is_dir():
-        location = str(_file_in(Path(location)))
+    path = location
+    if is_remote(location) and not location.endswith(_ENDINGS):  # a run or a checkpoint
+        path = str(_file_in(local_weights(location, storage)))
+    elif not is_remote(location) and Path(location).is_dir():
+        path = location = str(_file_in(Path(location)))
     try:
-        with storage.open(location) as file:
+        with storage.open(path) as file:
             data = file.read()
     except OSError as error:
         raise UserError(f"model.pretrained: {location}: cannot be read: {error.strerror or error}") from None

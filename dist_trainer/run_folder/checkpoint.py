@@ -76,6 +76,8 @@ def fault(folder: Path, *, digests: bool = True) -> str | None:
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         for name, expected in files.items():
+            if Path(name).name != name:
+                return f"{MANIFEST} names {name!r}, which lies elsewhere"
             size = (folder / name).stat().st_size
             if size != expected["size"]:
                 return f"{name} has {size} of {expected['size']} bytes"
@@ -88,8 +90,8 @@ def fault(folder: Path, *, digests: bool = True) -> str | None:
     return None
 
 
-def _steps(root: Path) -> list[Path]:
-    """The folders `root`/step_*, newest first."""
+def steps(root: Path) -> list[Path]:
+    """The folders `root`/step_*, newest first, whole or not."""
     return sorted((p for p in root.glob("step_*") if p.is_dir()), reverse=True) if root.is_dir() else []
 
 
@@ -99,13 +101,13 @@ def step_of(folder: Path) -> int:
 
 def complete(root: Path) -> list[Path]:
     """The checkpoints under `root` that have all their files, newest first."""
-    return [folder for folder in _steps(root) if not fault(folder, digests=False)]
+    return [folder for folder in steps(root) if not fault(folder, digests=False)]
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
     """(the newest complete checkpoint under `root` or None, a line for each newer one that was passed over)."""
     notes: list[str] = []
-    for folder in _steps(root):
+    for folder in steps(root):
         reason = fault(folder)
         if reason is None:
             return folder, notes
@@ -154,12 +156,12 @@ def save(
         shutil.rmtree(target, ignore_errors=True)  # of a full disk, it may be what fills it
         raise UserError(f"cannot save {folder}: {error.strerror or error}; earlier checkpoints are whole") from None
     older = {}
-    for other in _steps(root):
+    for other in steps(root):
         if other.name <= folder.name and not fault(other, digests=False):
             older[step_of(other)] = retention.value(load_state(other)) if retention.best else None
     kept = {root / f"step_{each:08d}" for each in retention.kept(older)}
     # Newer ones were found damaged when this run resumed: they must not survive being repeated.
-    for other in [*_steps(root), *root.glob(".step_*")]:
+    for other in [*steps(root), *root.glob(".step_*")]:
         if other not in kept:
             shutil.rmtree(other, ignore_errors=True)
 

@@ -201,22 +201,21 @@ class Mirror:
 
         Returns a line for each checkpoint that is damaged. Raises UserError where all of them are.
         """
-        for name in (*FIRST[1:], *LAST):
-            if (text := self.read_bytes(name)) is not None:
-                (run / name).parent.mkdir(parents=True, exist_ok=True)
-                (run / name).write_bytes(text)
-        notes = [note for kind in (*KINDS, "checkpoints") for note in self._bring_newest(run, kind)]
-        self._bring_snapshots(run)
+        self.bring_record(run)
+        notes = [note for kind in (*KINDS, "checkpoints") for note in self.bring_newest(run, kind)]
+        self.bring_snapshots(run)
         lineage.write(run, self.begins())
         return notes
 
-    def read_bytes(self, name: str) -> bytes | None:
-        try:
-            return self.storage.read(self.at(name))
-        except FileNotFoundError:
-            return None
+    def bring_record(self, run: Path) -> None:
+        """The small files."""
+        run.mkdir(parents=True, exist_ok=True)
+        for name in (*FIRST[1:], *LAST):
+            with contextlib.suppress(FileNotFoundError):
+                (run / name).write_bytes(self.storage.read(self.at(name)))
 
-    def _bring_newest(self, run: Path, kind: str) -> Iterator[str]:
+    def bring_newest(self, run: Path, kind: str) -> Iterator[str]:
+        """The newest whole checkpoint of checkpoints, best or average; a line for each that is not."""
         manifests = self.manifests(kind)
         for step in sorted(manifests, reverse=True):
             folder = f"{kind}/step_{step:08d}"
@@ -233,8 +232,8 @@ class Mirror:
         target.mkdir(parents=True, exist_ok=True)
         (target / MANIFEST).unlink(missing_ok=True)
         for name in json.loads(manifest)["files"]:
-            if Path(name).name != name:
-                return f"{MANIFEST} names {name!r}, which lies elsewhere"
+            if Path(name).name != name:  # `fault` says so
+                break
             if (reason := self._copy(f"{folder}/{name}", target / name)) is not None:
                 return reason
         (target / MANIFEST).write_text(manifest)
@@ -252,7 +251,7 @@ class Mirror:
             return f"{target.name} is missing"
         return None
 
-    def _bring_snapshots(self, run: Path) -> None:
+    def bring_snapshots(self, run: Path) -> None:
         text = self.read_text(f"snapshots/{INDEX}")
         if text is None:
             return
