@@ -10,7 +10,7 @@ from typing import Any, Literal
 from dist_trainer.config.arguments import Parser, new_parser, parse
 from dist_trainer.distributed.cores import cores
 from dist_trainer.errors import UserError, plural
-from dist_trainer.storage.storage import refuse_secrets
+from dist_trainer.storage.secret import refuse_secrets
 
 
 def _pack(argv: list[str]) -> int:

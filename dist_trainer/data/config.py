@@ -7,7 +7,7 @@ from dist_trainer.errors import UserError
 from dist_trainer.plan import Tail
 from dist_trainer.storage.cache import CacheConfig
 from dist_trainer.storage.retry import RetryConfig
-from dist_trainer.storage.storage import refuse_secrets
+from dist_trainer.storage.secret import refuse_secrets
 
 
 @dataclass(frozen=True, kw_only=True)

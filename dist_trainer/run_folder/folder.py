@@ -23,7 +23,8 @@ from dist_trainer.run_folder.owner import Ownership
 from dist_trainer.run_folder.uploader import Uploader
 from dist_trainer.run_folder.what_follows import read_state
 from dist_trainer.storage.atomic import replace_text
-from dist_trainer.storage.storage import is_remote, refuse_secret_url
+from dist_trainer.storage.secret import refuse_secret_url
+from dist_trainer.storage.storage import is_remote
 
 State = Literal["running", "done", "stopped", "failed", "mistake", "fault", "interrupted"]
 """Of a run. Only a SIGKILL or a loss of power leaves "running" behind; the others are ends (errors.EXIT_STATUS).

@@ -10,7 +10,8 @@ from dist_trainer.data.index import FILE_NAME
 from dist_trainer.errors import UserError
 from dist_trainer.shards.build import ShardSet
 from dist_trainer.shards.image_folder import class_folders, holds_images
-from dist_trainer.storage.storage import Storage, is_remote, refuse_secret_url
+from dist_trainer.storage.secret import refuse_secret_url
+from dist_trainer.storage.storage import Storage, is_remote
 
 INDEX_SUFFIX = ".dtx"
 

@@ -7,7 +7,6 @@ credentials in the environment or in their own files; nothing here reads them.
 import contextlib
 import io
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -16,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
-from urllib.parse import parse_qsl, urlsplit
 
 import fsspec
 from fsspec.asyn import sync
@@ -24,8 +22,9 @@ from fsspec.asyn import sync
 from dist_trainer.errors import UserError
 from dist_trainer.storage.atomic import replacing
 from dist_trainer.storage.retry import RetryConfig, ShortRead, in_background, lasting_local, lasting_remote, retrying
+from dist_trainer.storage.secret import refuse_secret_url, resolved
 
-__all__ = ["RetryConfig", "ShortRead", "Stat", "Storage", "is_remote", "refuse_secret_url", "refuse_secrets"]
+__all__ = ["RetryConfig", "ShortRead", "Stat", "Storage", "is_remote"]
 
 T = TypeVar("T")
 
@@ -34,12 +33,6 @@ _RETRY = RetryConfig()
 _STAMPS = ("ETag", "etag", "blob_id", "LastModified", "Last-Modified", "last_modified", "updated", "mtime")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf", "http": "http", "https": "http"}
 _OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "hf")  # have no folders to make
-_SECRET = re.compile(
-    r"key|secret|token|password|passwd|pwd|passphrase|credentials?|authorization|cookies?|signature|sig|sas"
-    r"|connectionstring|bearer|auth"
-)
-_HARMLESS = ("anon", "google_default", "cloud")  # values of gcsfs's token that name a method and hold no secret
-_WHERE = "the environment or the storage's own files (such as AWS_PROFILE and ~/.aws, gcloud's, hf auth login)"
 
 
 @dataclass(frozen=True)
@@ -53,36 +46,6 @@ class Stat:
 def is_remote(location: str) -> bool:
     """Whether `location` is a URL of some storage rather than a local path."""
     return "://" in location or location.startswith("pipe:")  # which is then refused
-
-
-def refuse_secrets(key: str, options: Mapping[str, Any]) -> None:
-    """Raises UserError, naming the option and the config key `key`, for an option at any depth that looks like a
-    secret.
-
-    Configs are saved with the run, logged and shared. The value is never shown.
-    """
-    for name, value in options.items():
-        if _is_secret(name) and not (value is None or isinstance(value, bool) or value in _HARMLESS):
-            raise UserError(f"{key}.{name}: a secret has no place in a config, which is saved; it belongs in {_WHERE}")
-        for inner in value if isinstance(value, list) else [value]:
-            if isinstance(inner, Mapping):
-                refuse_secrets(f"{key}.{name}", inner)
-
-
-def _is_secret(name: str) -> bool:
-    """By the words in a name: `aws_secret_access_key`, `sasToken`, `X-Amz-Signature`."""
-    words = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name).lower()
-    parts = re.split(r"[^a-z0-9]+", words)
-    return any(_SECRET.fullmatch(part) for part in [*parts, "".join(parts)])
-
-
-def refuse_secret_url(location: str) -> None:
-    """Raises UserError, which does not show it, for a URL with a password or a signature."""
-    url = urlsplit(location)
-    secret = next((name for name, _ in parse_qsl(url.query) if _is_secret(name)), "a password" if url.password else "")
-    if secret:
-        shown = f"{url.scheme}://{url.hostname}{url.path}"
-        raise UserError(f"{shown}: the URL holds a secret ({secret}), which would be saved; it belongs in {_WHERE}")
 
 
 class Storage:
@@ -128,7 +91,7 @@ class Storage:
 
     def _connect(self, location: str) -> Any:
         protocol = location.split("://", 1)[0]
-        options = dict(self._options)
+        options = resolved(self._options, "storage_options")
         if protocol in ("s3", "s3a"):  # botocore would retry by itself, uncounted and past the deadline
             ours = {"retries": {"total_max_attempts": 1}, "max_pool_connections": 64}
             options["config_kwargs"] = {**ours, **options.get("config_kwargs", {})}

@@ -18,7 +18,8 @@ from s3_server import S3Server
 
 from dist_trainer.errors import UserError
 from dist_trainer.storage import storage
-from dist_trainer.storage.storage import RetryConfig, Storage, refuse_secrets
+from dist_trainer.storage.secret import refuse_secrets, resolved
+from dist_trainer.storage.storage import RetryConfig, Storage
 
 QUICK = RetryConfig(timeout=0.3, deadline=60)
 """Attempts that stall end soon; there is time for all that fail."""
@@ -145,13 +146,13 @@ def test_a_server_without_ranges_is_refused(folder: Path) -> None:
         {"key": "AKIA-x"}, {"secret": "x"}, {"token": "x"}, {"client_kwargs": {"aws_secret_access_key": "x"}},
         {"account_key": "x"}, {"sas_token": "x"}, {"connection_string": "x"}, {"password": "x"}, {"sasToken": "x"},
         {"client_kwargs": {"headers": {"Authorization": "x"}}}, {"a": {"b": {"API-KEY": "x"}}}, {"token": {"x": "x"}},
-        {"list": [{"secret": "x"}]},
+        {"list": [{"secret": "x"}]}, {"endpoint_url": "https://me:x@host/"}, {"key": "env:A B"},
     ],
 )  # fmt: skip
 def test_secrets_in_a_config_are_refused(options: dict[str, Any]) -> None:
     """Named, at any depth, and not shown. Fails when only the first level is looked at."""
     text = refused(lambda: refuse_secrets("data.storage_options", options))
-    assert text.startswith("data.storage_options.")
+    assert text.startswith(("data.storage_options.", "https://host/"))
     assert "environment" in text
     assert "AKIA-x" not in text
 
@@ -161,6 +162,25 @@ def test_options_that_hold_no_secret_are_taken() -> None:
         "anon": True, "token": "anon", "endpoint_url": "https://s3.example.org", "profile": "lab", "token_": None,
         "client_kwargs": {"region_name": "eu-central-1", "verify": "/etc/ca.pem"}, "requester_pays": True,
     })  # fmt: skip
+
+
+def test_a_secret_may_be_named_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any depth; it is read when the storage is opened, not before. Mutation: resolve it where it is saved."""
+    options = {"key": "env:LAB_KEY", "client_kwargs": {"headers": [{"Authorization": "env:LAB_TOKEN"}]}, "anon": False}
+    refuse_secrets("data.storage_options", options)
+    monkeypatch.setenv("LAB_KEY", "k1")
+    monkeypatch.setenv("LAB_TOKEN", "t1")
+    assert resolved(options, "data.storage_options") == {
+        "key": "k1",
+        "client_kwargs": {"headers": [{"Authorization": "t1"}]},
+        "anon": False,
+    }
+    monkeypatch.delenv("LAB_TOKEN")
+    text = refused(lambda: resolved(options, "data.storage_options"))
+    assert text == (
+        "data.storage_options.client_kwargs.headers.Authorization: env:LAB_TOKEN: the environment variable LAB_TOKEN "
+        "is not set"
+    )
 
 
 @pytest.mark.parametrize(
