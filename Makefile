@@ -80,6 +80,10 @@ same-bits: install data
 gpu:
 	@python=$(BIN)/python; [ -x $$python ] || python=$(PYTHON); PYTHONPATH=. $$python benchmarks/gpu.py $(GPU)
 
+# SIGKILL of N processes at random moments; every run has to end with the bits of the undisturbed one.
+chaos: test-needs data
+	cd tests/support && PYTHONPATH=../.. ../../$(BIN)/python chaos.py $(or $(N),50) $(SEED)
+
 lint: test-needs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ import random
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -136,4 +137,13 @@ class Broken(SmoothNet):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and self.num_forwards == 2:
             raise RuntimeError("nothing was expected\nof this model")
+        return super().forward(x)
+
+
+class Marked(SmoothNet):
+    """Says in a file per rank, in the folder MARKS, whether it trains, evaluates or re-estimates batch-norm."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        phase = "step" if self.training else "precise_bn" if self.bn1.training else "evaluation"
+        (Path(os.environ["MARKS"]) / os.environ.get("RANK", "0")).write_text(phase)
         return super().forward(x)
