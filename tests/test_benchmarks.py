@@ -17,6 +17,7 @@ SCRIPTS = {
     # name: sides that must be named as having run
     "augment": ["crop, decoded and resized", "autoaugment", "grid_mask"],
     "averaging": ["EMA, ZeRO 0, against timm's ModelEmaV3", "EMA, ZeRO 3", "PreciseBN, against fvcore"],
+    "checkpoint": ["ours, in the background", "torch async_save", "SIGKILL of a rank", "by another rank"],
     "engine": ["demo, bf16, ours, DDP", "demo, bf16, ours, ZeRO 3", "resnet18_64px, bf16, exact, ZeRO 2"],
     "gpu": [
         "checkpoints across ZeRO stages",
