@@ -42,7 +42,7 @@ READ = "DIST_TRAINER_BENCHMARK_READ"
 def network() -> tuple[torch.nn.Module, torch.optim.Optimizer, State]:
     """ResNet-50 after a step (a small network in a test), its optimizer with momentum, its average."""
     build = torchvision.models.resnet18 if SMOKE else torchvision.models.resnet50
-    model = build().to(DEVICE, memory_format=torch.channels_last)
+    model = build().to(DEVICE)  # DeepSpeed does not take channels_last
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-3
@@ -104,7 +104,9 @@ class Sides:
         import deepspeed
 
         config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+        os.environ["LOCAL_RANK"] = "0"  # as a launcher would
         engine, *_ = deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=config)
+        del os.environ["LOCAL_RANK"]
 
         def side() -> None:
             engine.save_checkpoint(str(self.folder / "deepspeed"), tag="last", client_state={"ema": self.ema})
@@ -228,7 +230,8 @@ def training_meanwhile(sides: Sides, seconds: float) -> Figures:
 def command(folder: Path, *more: str) -> list[str]:
     argv = ["--standalone", "--nproc-per-node=2", "--max-restarts=3", *more, "train", "configs/fashion_mnist.yaml"]
     return [sys.executable, "-m", "dist_trainer", "agent", *argv, "--wandb.mode=disabled", "--log.every=1step",
-            f"--run.dir={folder}", "--run.name=run", "--eval.every=null", "--checkpoint.every=10step"]  # fmt: skip
+            f"--run.dir={folder}", "--run.name=run", "--eval.every=null", "--checkpoint.every=10step",
+            "--lr.warmup.duration=10step"]  # fmt: skip
 
 
 def lost_rank(folder: Path) -> Figures:

@@ -8,7 +8,13 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import NoReturn
 
-from dist_trainer.distributed.processes import lost_contact, nccl_fault, status_of_rank
+from dist_trainer.distributed.processes import (
+    die_with_torchrun,
+    launched_by_torchrun,
+    lost_contact,
+    nccl_fault,
+    status_of_rank,
+)
 from dist_trainer.distributed.slurm import describe_rank
 from dist_trainer.errors import EXIT_STATUS, LocalError, UserError, nearest
 
@@ -109,6 +115,8 @@ WITH_RANKS = ("train", "eval", "average", "doctor")
 def dispatch(argv: list[str]) -> int:
     """Run the command that `argv` names; returns its exit status. Raises UserError."""
     if argv and argv[0] in WITH_RANKS:
+        if launched_by_torchrun():
+            die_with_torchrun()
         describe_rank()
     # torch prints 25 lines of C++ where a connection closes, also in an orderly end. Errors are still printed.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

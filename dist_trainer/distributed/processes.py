@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -89,6 +90,31 @@ def die_with_parent(signum: int) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:  # it died while this process started: no signal comes
         os.kill(os.getpid(), signum)
+
+
+def die_with_torchrun() -> None:
+    """End with torchrun, however it ends: it ends its ranks with SIGTERM; if it is killed, the kernel sends that. If it
+    was killed while Python started here, this process ends at once.
+
+    Call it before what takes long, such as torch's import: until then no signal would come, and the rendezvous would
+    wait for minutes.
+    """
+    parent = os.getppid()
+    die_with_parent(signal.SIGTERM)
+    if os.getppid() != parent or (parent == 1 and not _store_answers()):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _store_answers() -> bool:
+    """Whether somebody listens where torchrun has its store. In a container torchrun itself may be process 1."""
+    address = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 0))
+    try:
+        socket.create_connection(address, timeout=10).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        return True  # a network that is slow to come
+    return True
 
 
 class StopRequest:

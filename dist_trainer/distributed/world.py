@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import datetime
 import os
-import signal
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from dist_trainer.distributed.cores import cores
 from dist_trainer.distributed.gpu import check_hidden, local_rank, own_gpu
-from dist_trainer.distributed.processes import die_with_parent, launched_by_torchrun
+from dist_trainer.distributed.processes import launched_by_torchrun
 from dist_trainer.distributed.slurm import is_task
 
 
@@ -78,8 +77,6 @@ def init_world(timeout_s: float = 660.0) -> World:
     timeout = datetime.timedelta(seconds=timeout_s)
     device_id = device if device.type == "cuda" else None
     if launched_by_torchrun():
-        # torchrun ends its ranks with SIGTERM; if torchrun itself is killed, the kernel sends it.
-        die_with_parent(signal.SIGTERM)
         store, rank, size = next(rendezvous("env://", rank, size, timeout=timeout))
         if size == local_size:
             # After a restart torchrun's store still holds the addresses of the dead ranks (pytorch #135712).
