@@ -1,5 +1,7 @@
 """Files written behind training: what is handed over is copied to host memory at once, the rest happens on a thread."""
 
+import contextlib
+import os
 import shutil
 import threading
 import time
@@ -174,6 +176,10 @@ class BackgroundWriter:
             raise error
 
     def _run(self) -> None:
+        with contextlib.suppress(
+            OSError
+        ):  # Linux has priorities of threads: where ranks use all cores, they come first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         while True:
             with self._changed:
                 self._running = None
