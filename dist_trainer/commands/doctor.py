@@ -21,7 +21,7 @@ from dist_trainer.data.stream import cores_note, cores_of_host, num_workers
 from dist_trainer.distributed.collectives import gather_json, on_main
 from dist_trainer.distributed.world import World
 from dist_trainer.engine.numerics import precision_note, set_numerics
-from dist_trainer.errors import UserError, plural, readable_size
+from dist_trainer.errors import Outage, UserError, plural, readable_size
 from dist_trainer.log.console import Terminal
 from dist_trainer.log.wandb_run import reach
 from dist_trainer.plan import num_slots
@@ -31,6 +31,7 @@ from dist_trainer.run.measure import all_reduce_bytes_per_s, loader_images_per_s
 from dist_trainer.run.space import space_of
 from dist_trainer.run_folder.environment import describe_environment
 from dist_trainer.run_folder.owner import sees_file
+from dist_trainer.storage.storage import RetryConfig, Storage
 
 MAX_SKEW_S = 5.0
 """Between the clocks of two hosts. Signed requests to S3 fail at 15 minutes; logs are hard to compare before."""
@@ -69,6 +70,7 @@ def findings(config: TrainConfig, world: World) -> Iterator[Finding]:
     yield on_rank_0(world, lambda: Finding(*reach(config.wandb)))
     folder = run_dir(config, world)
     yield folder
+    yield from mirror(config, world)
     silent = Terminal(active=False)
     try:
         data = open_data(config, world, silent)
@@ -151,12 +153,31 @@ def run_dir(config: TrainConfig, world: World) -> Finding:
         name = on_main(world, write)
     except UserError as error:
         return Finding(False, str(error), stops=True)
-    seen = per_host(world, world.local_rank > 0 or sees_file(root / name))
+    seen = per_host(world, world.local_rank > 0 or config.run.mirror_root is not None or sees_file(root / name))
     on_main(world, lambda: (root / token).unlink(missing_ok=True))
     if blind := [host for host, sees in seen.items() if not sees]:
         line = f"run.dir: {', '.join(blind)}: does not see what rank 0 writes to {root}"
         return Finding(False, f"{line}: name a folder that all hosts share", stops=True)
     return Finding(True, f"run.dir: {root} can be written{', and every host sees it' if len(seen) > 1 else ''}")
+
+
+def mirror(config: TrainConfig, world: World) -> Iterator[Finding]:
+    """That rank 0 can write, read and remove where run.mirror is, if there is one."""
+    if config.run.mirror_root is None:
+        return
+    place = f"{config.run.mirror_root.rstrip('/')}/.doctor-{os.getpid()}-{time.time_ns()}"
+    storage = Storage(config.data.storage_options, RetryConfig(timeout=10, deadline=10))
+
+    def look() -> Finding:
+        try:
+            storage.write(place, b"doctor")
+            storage.read(place)
+            storage.remove(place)
+        except (Outage, OSError) as error:
+            return Finding(False, f"run.mirror: {' '.join(str(error).split())}", stops=True)
+        return Finding(True, f"run.mirror: {config.run.mirror_root} can be written and read")
+
+    yield on_rank_0(world, look)
 
 
 def cores(config: TrainConfig, world: World) -> Finding:

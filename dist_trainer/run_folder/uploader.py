@@ -15,6 +15,7 @@ from dist_trainer.run_folder.lineage import Begin
 from dist_trainer.run_folder.mirror import Mirror, Moved
 from dist_trainer.run_folder.owner import STALE_S, describe_self, is_self, lives
 from dist_trainer.run_folder.retention import Retention
+from dist_trainer.storage.storage import RetryConfig
 
 OWNER = "owner.json"
 HEARTBEAT_S = 20.0
@@ -31,6 +32,7 @@ class Uploader:
         self.failed = 0
         """Passes over the run folder that ended at an error of the storage."""
         self._run, self._token = run, secrets.token_hex(8)
+        self._quick = mirror.storage.with_retry(RetryConfig(timeout=5, deadline=10))  # a run that ends cannot wait long
         self._retention = Retention()
         self._news: list[str] = []
         self._problem: str | None = None
@@ -68,13 +70,13 @@ class Uploader:
 
     def _read_owner(self) -> dict[str, Any] | None:
         try:
-            owner: dict[str, Any] = json.loads(self.mirror.read_text(OWNER) or "")
+            owner: dict[str, Any] = json.loads(self._quick.read(self.mirror.at(OWNER)))
             return owner
-        except ValueError:
+        except (FileNotFoundError, ValueError):
             return None
 
     def _beat(self) -> None:
-        self.mirror.storage.write(self.mirror.at(OWNER), json.dumps(describe_self(self._token)).encode())
+        self._quick.write(self.mirror.at(OWNER), json.dumps(describe_self(self._token)).encode())
 
     def _become_owner(self, say: Callable[[str], None]) -> None:
         """An owner elsewhere lives if it goes on writing."""
@@ -176,7 +178,7 @@ class Uploader:
         """The mirror is free for another trainer."""
         with contextlib.suppress(*_REFUSED):  # otherwise it grows stale
             if self._is_owner and (self._read_owner() or {}).get("token") == self._token:
-                self.mirror.storage.remove(self.mirror.at(OWNER))
+                self._quick.remove(self.mirror.at(OWNER))
 
     def _copy_on(self) -> None:
         while True:

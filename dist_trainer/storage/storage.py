@@ -5,6 +5,7 @@ credentials in the environment or in their own files; nothing here reads them.
 """
 
 import contextlib
+import copy
 import io
 import os
 import shutil
@@ -64,6 +65,12 @@ class Storage:
     def _reset(self) -> None:
         self._pid, self._lock = os.getpid(), threading.Lock()
         self._systems: dict[str, Any] = {}
+
+    def with_retry(self, retry: RetryConfig) -> "Storage":
+        """The same places, asked for another time."""
+        other = copy.copy(self)
+        other._retry = retry
+        return other
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_systems", "_pid")}

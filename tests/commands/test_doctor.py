@@ -42,21 +42,34 @@ def crosses(lines: list[str]) -> list[str]:
 
 def test_all_is_well_where_it_is(said: Doctor) -> None:
     """One line of each kind, and status 0; the folder is as it was. Mutations: no look at one of them; a file stays."""
-    status, lines = said("--duration=200step")
-    kinds = ["versions", "devices", "clocks", "W&B", "run.dir", "data", "cores", "storage", "loader", "space"]
+    status, lines = said("--duration=200step", "--run.mirror=mirror")
+    kinds = [
+        "versions",
+        "devices",
+        "clocks",
+        "W&B",
+        "run.dir",
+        "run.mirror",
+        "data",
+        "cores",
+        "storage",
+        "loader",
+        "space",
+    ]
     assert [line.partition(":")[0].removeprefix("✓ ").removeprefix("✗ ") for line in lines] == [
         *kinds,
         "ready to train",
     ]
     assert not [line for line in crosses(lines) if not line.startswith(("storage", "loader"))]  # a busy machine
     assert status == 0
-    assert list(Path("runs").iterdir()) == []
+    assert list(Path("runs").iterdir()) == list(Path("mirror").iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("argv", "cross", "stops"),
     [
         (["--data.train=data/nowhere"], "data.train: ", True),
+        (["--run.mirror=small.yaml/mirror"], "run.mirror: ", True),
         (["--run.dir=small.yaml/runs"], "run.dir: cannot write small.yaml/runs: Not a directory; choose another", True),
         (["--lr.peak=-1"], "lr: the peak rate is -1.0", True),
         (["--data.workers=1"], "1 rank with 1 loader process each on this host want 2 cores, and there is 1", False),
@@ -136,23 +149,25 @@ def test_a_gpu_without_bf16_is_told_to_take_fp32(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_disk_that_is_too_small_for_the_checkpoints_stops(said: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a byte: two checkpoints and the one being written, the best weights twice, two snapshots, one more, and the
-    average, of tensors as an earlier revision left them. Mutations: count one checkpoint; forget EMA, or snapshots.
+    """By a byte: two checkpoints and the one being written, the best weights twice, two snapshots, one for each kept
+    checkpoint, one more, and the average, of tensors as an earlier revision left them.
+
+    Mutations: count one checkpoint; forget EMA, its statistics, or snapshots.
     """
     (kept,) = (ROOT / "tests" / "fixtures" / "81fd9c4").glob("runs/*/checkpoints/step_00000010")
     sizes = {
         file.stem: sum(value.numel() * value.element_size() for value in load_file(file).values())
         for file in kept.glob("*.safetensors")
     }
-    whole = 3 * (sizes["model"] + sizes["optim"] + sizes["ema"]) + (2 + 4) * sizes["model"]
+    weights = load_file(kept / "model.safetensors").items()
+    statistics = sum(value.nbytes for name, value in weights if "running" in name)
+    whole = 3 * (sizes["model"] + sizes["optim"] + sizes["ema"] + 2 * statistics) + (2 + 6) * sizes["model"]
     for free, status in ((whole, 0), (whole - 1, 1)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: type("Usage", (), {"free": free}))
         ended, lines = said("--duration=20step")
         assert ended == status, lines
     (cross,) = [line for line in crosses(lines) if line.startswith("space: ")]
-    assert cross.startswith(
-        f"space: checkpoints of a run take {whole / 1e6:,.1f} MB, and {whole / 1e6:,.1f} MB are free"
-    )
+    assert cross.startswith(f"space: a run takes {whole / 1e3:.3g} kB at most, and {whole / 1e3:.3g} kB are free in ")
     assert cross.endswith("make room, choose another --run.dir, or keep fewer")
 
 

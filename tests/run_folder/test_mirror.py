@@ -211,7 +211,7 @@ class Away(Storage):
 
     def __init__(self) -> None:
         super().__init__({}, RetryConfig(timeout=0.05, deadline=0.1))
-        self.returns = False
+        self.returns = list[bool]()  # of every copy of this
 
     def write(self, location: str, content: bytes | Path) -> None:
         if not self.returns:
@@ -240,7 +240,7 @@ def test_a_mirror_that_stays_away_costs_a_line_and_is_copied_when_it_returns(tmp
     assert [line for line in uploader.tell() if "tried again after the next checkpoint" in line]
     assert not uploader.tell()
     assert uploader.failed >= 2
-    storage.returns = True
+    storage.returns.append(True)
     assert uploader.finish(30) is None
     assert uploader.tell() == [f"run.mirror: {tmp_path}/mirror is up to date again"]
     assert sorted(uploader.mirror.manifests("checkpoints")) == [10]
