@@ -77,6 +77,24 @@ def until(session: Session, condition: Callable[[], object]) -> None:
         time.sleep(0.01)  # between two looks; the deadline decides
 
 
+@pytest.mark.slow
+def test_a_disk_that_turns_read_only_for_a_while_is_mended_too(tmp_path: Path, small_disk: Path) -> None:
+    """As a network file system that loses its server. Mutation: take only a full disk for a refusal."""
+    here = work_folder(tmp_path)
+    session = start(here, small_disk, "--duration=40step", "--checkpoint.every=4step", "--checkpoint.max_failed=100")
+    run = small_disk / "run"
+    with contextlib.ExitStack() as stack:
+        stack.callback(session.kill)
+        until(session, lambda: checkpoint.complete(run / "checkpoints"))
+        while subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=False).returncode:
+            time.sleep(0.01)  # a file is open for writing just now
+        until(session, lambda: "Read-only file system" in session.log.read_text())
+        subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+        assert session.wait() == 0, session.log.read_text()[-3000:]
+    assert (run / "STATE").read_text() == "done\n"
+    assert [row["step"] for row in read_rows(run / "metrics.jsonl") if "train/loss" in row] == list(range(2, 41, 2))
+
+
 def test_too_many_failures_in_a_row_stop_every_rank_with_state_failed(tmp_path: Path) -> None:
     """No file may have more than 4 KiB, as on a disk that is full: the weights need 8. Mutations: go on for ever; stop
     rank 0 alone; a traceback.

@@ -428,3 +428,18 @@ def test_folders_that_are_no_image_folder_are_refused(images: Path) -> None:
     assert "leave --label" in refused(images, label="cls")[0]
     (images / "empty").mkdir()
     assert "empty: no images" in refused(images)[0]
+
+
+def test_names_in_a_tar_never_leave_the_folders_that_are_written(tmp_path: Path) -> None:
+    """Members called ../../evil_0.png and /.../evil_1.png are samples like others; no file has their names.
+
+    Mutation: extract what is read, under its name.
+    """
+    folder = tmp_path / "a" / "b" / "tars"
+    folder.mkdir(parents=True)
+    names = ("../../evil_0", f"{tmp_path}/evil_1")
+    write_tar(folder / "x.tar", [each for name in names for each in ((f"{name}.png", IMAGE), (f"{name}.cls", b"0"))])
+    index = indexed(folder)
+    assert len(index) == 2
+    outside = [path for path in tmp_path.rglob("*") if not path.is_dir() and folder not in path.parents]
+    assert not outside and not list(tmp_path.rglob("*evil*"))
