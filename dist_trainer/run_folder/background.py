@@ -124,7 +124,6 @@ class BackgroundWriter:
     def wait(self, kind: str | None = None, *, until: float | None = None) -> bool:
         """Until what was handed over (of one kind) is written, or the time is `until` (then False). Raises as `submit`
         does."""
-
         with self._changed:
             return self._wait(kind, until)
 
@@ -176,9 +175,8 @@ class BackgroundWriter:
             raise error
 
     def _run(self) -> None:
-        with contextlib.suppress(
-            OSError
-        ):  # Linux has priorities of threads: where ranks use all cores, they come first
+        # Linux has priorities of threads: where training uses all cores, it comes first.
+        with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         while True:
             with self._changed:
