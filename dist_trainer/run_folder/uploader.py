@@ -37,6 +37,8 @@ class Uploader:
         self._news: list[str] = []
         self._problem: str | None = None
         self._is_owner, self._taken = False, False
+        self._has_joined = False
+        """Whether the mirror is known to have nothing that the local folder lacks."""
         self._changed = threading.Condition()
         self._wanted, self._done, self._ends = 0, 0, False
         self._begins: Sequence[Begin] = []
@@ -53,6 +55,7 @@ class Uploader:
         try:
             self._become_owner(say)
             self._bring_back(say)
+            self._has_joined = True
         except _REFUSED as error:
             if not checkpoint.complete(self._run / "checkpoints"):
                 raise _unread(error) from None
@@ -202,7 +205,7 @@ class Uploader:
     def _pass(self) -> str | None:
         """One pass; what kept it from its end."""
         try:
-            if not self._is_owner:  # it could not be reached before
+            if not self._has_joined:  # it could not be reached before
                 self._join()
             for _ in range(MAX_BEGUN_AGAIN):
                 try:
@@ -219,7 +222,9 @@ class Uploader:
         theirs = self.mirror.begins()
         if lineage.common(self._begins, theirs) < len(theirs):
             raise UserError(f"{self.mirror.location} has parted from {self._run}; nothing is copied there")
-        self._become_owner(lambda line: None)
+        if not self._is_owner:
+            self._become_owner(lambda line: None)
+        self._has_joined = True
 
     def _beat_on(self) -> None:
         while not self._ends:

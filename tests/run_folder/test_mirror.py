@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -298,3 +299,37 @@ def test_a_second_live_trainer_is_refused_at_the_mirror_too(tmp_path: Path) -> N
     said = list[str]()
     Uploader(Mirror(str(place), storage), tmp_path / "run").claim(said.append)
     assert "process 7 on elsewhere was training there; it may live: waiting up to 1 s" in said[0]
+
+
+class Falling(Storage):
+    """Can be read until a checkpoint is asked for; from then on not, until it `returns`."""
+
+    def __init__(self) -> None:
+        super().__init__({}, RetryConfig(timeout=0.05, deadline=0.1))
+        self.returns = list[bool]()
+
+    def open(self, location: str) -> BinaryIO:
+        if not self.returns:
+            raise Outage(f"{location}: connection lost")
+        return super().open(location)
+
+
+def test_a_mirror_that_is_ahead_and_lost_on_the_way_back_is_never_overwritten(tmp_path: Path) -> None:
+    """The run goes on from what is here, and says so; the mirror keeps what only it has. Mutation: whoever owns the
+    mirror may write there."""
+    run, place = begun(tmp_path / "run"), tmp_path / "mirror"
+    make_steps(run, [10])
+    ahead = Path(shutil.copytree(run, tmp_path / "ahead"))
+    lineage.write(ahead, [lineage.Begin("a", 0), lineage.Begin("b", 10)])
+    make_steps(ahead, [20, 30])
+    Mirror(str(place), Storage()).bring_up_to_date(ahead, TWO)
+    storage, said = Falling(), list[str]()
+    uploader = Uploader(Mirror(str(place), storage), run)
+    uploader.claim(said.append)
+    assert said[-1].startswith("warning: run.mirror: ") and "going on from" in said[-1]
+    storage.returns.append(True)
+    before = contents(place)
+    uploader.begin([*lineage.read(run), lineage.Begin("c", 10)])
+    missing = uploader.finish(30)
+    assert missing is not None and "has parted from" in missing
+    assert contents(place) == before
