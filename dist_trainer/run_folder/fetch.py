@@ -9,7 +9,7 @@ from typing import Literal
 from dist_trainer.errors import Outage, UserError
 from dist_trainer.run_folder import checkpoint
 from dist_trainer.run_folder.checkpoint import MANIFEST
-from dist_trainer.run_folder.mirror import Mirror
+from dist_trainer.run_folder.mirror import OWNER, Mirror
 from dist_trainer.storage.storage import Storage, is_remote
 
 _COPIES: list[Path] = []
@@ -26,7 +26,7 @@ def local_run(location: str, parts: Collection[Part], storage: Storage | None = 
     mirror = Mirror(location, storage or Storage())
     run = _scratch() / mirror.location.rpartition("/")[2]
     try:
-        mirror.bring_record(run)
+        mirror.bring_record(run, OWNER)  # tells whether it trains just now
         if not (run / "config.yaml").exists():
             raise UserError(f"{location}: not a run folder: it has no config.yaml")
         if "best" in parts:

@@ -25,6 +25,8 @@ FIRST = (
 """Small files, before the checkpoint that they belong to: metrics then reach at least as far as it does."""
 LAST = ("predictions.png", "summary.json", "STATE")
 """After it: they tell how the run ended."""
+OWNER = "owner.json"
+"""Who is training there now; not a copy of the local one."""
 KINDS = ("best", "average")
 """Folders with one checkpoint each. The newest replaces the one before."""
 
@@ -207,10 +209,10 @@ class Mirror:
         lineage.write(run, self.begins())
         return notes
 
-    def bring_record(self, run: Path) -> None:
-        """The small files."""
+    def bring_record(self, run: Path, *more: str) -> None:
+        """The small files, and these."""
         run.mkdir(parents=True, exist_ok=True)
-        for name in (*FIRST[1:], *LAST):
+        for name in (*FIRST[1:], *LAST, *more):
             with contextlib.suppress(FileNotFoundError):
                 (run / name).write_bytes(self.storage.read(self.at(name)))
 

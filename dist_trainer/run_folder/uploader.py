@@ -12,12 +12,11 @@ from typing import Any
 from dist_trainer.errors import LocalError, Outage, UserError
 from dist_trainer.run_folder import checkpoint, lineage
 from dist_trainer.run_folder.lineage import Begin
-from dist_trainer.run_folder.mirror import Mirror, Moved
+from dist_trainer.run_folder.mirror import OWNER, Mirror, Moved
 from dist_trainer.run_folder.owner import STALE_S, describe_self, is_self, lives
 from dist_trainer.run_folder.retention import Retention
 from dist_trainer.storage.storage import RetryConfig
 
-OWNER = "owner.json"
 HEARTBEAT_S = 20.0
 _REFUSED = (Outage, OSError)
 """What storage raises; training goes on."""
