@@ -238,3 +238,14 @@ def test_weights_that_are_not_there_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         checkpoint.load_weights(tmp_path / "nothing.safetensors")
     assert message(caught).startswith(str(tmp_path / "nothing.safetensors"))
+
+
+def test_a_manifest_that_names_a_file_elsewhere_makes_no_checkpoint(tmp_path: Path) -> None:
+    """Though the file is there, and as it says. Mutation: join its names to the folder."""
+    folder = save(tmp_path / "checkpoints", 20)
+    other = tmp_path / "other"
+    other.write_bytes(b"x")
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    manifest["files"]["../../other"] = {"size": 1, "sha256": digest(other)}
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    assert checkpoint.fault(folder) == "MANIFEST.json names '../../other', which lies elsewhere"

@@ -333,3 +333,27 @@ def test_a_mirror_that_is_ahead_and_lost_on_the_way_back_is_never_overwritten(tm
     missing = uploader.finish(30)
     assert missing is not None and "has parted from" in missing
     assert contents(place) == before
+
+
+def test_a_step_that_is_made_again_is_copied_as_a_new_checkpoint(tmp_path: Path) -> None:
+    """After a roll-back, say. Cut off anywhere, it is the new one, or none, and the one before stands; never a mixture.
+
+    Mutation: overwrite its files under the manifest of the former.
+    """
+    run = begun(tmp_path / "run")
+    make_steps(run, [10, 20])
+    Mirror(str(tmp_path / "before"), Storage()).bring_up_to_date(run, TWO)
+    checkpoint.save(run / "checkpoints", 20, {"model": state(21), "optim": state(22)}, {"step": 20}, TWO)
+    end_at = 0
+    while True:
+        end_at += 1
+        place, back = (tmp_path / f"{kind}-{end_at}" for kind in ("cut", "back"))
+        shutil.copytree(tmp_path / "before", place)
+        try:
+            Mirror(str(place), Counting(end_at)).bring_up_to_date(run, TWO)
+        except Cut:
+            assert Mirror(str(place), Storage()).bring_back(back) == []
+            assert checkpoint.complete(back / "checkpoints")
+        else:
+            break
+    assert end_at > 4
