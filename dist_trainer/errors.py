@@ -36,7 +36,7 @@ def some(names: Iterable[object], limit: int = 3) -> str:
 def plural(number: float, noun: str) -> str:
     """`1 rank`, `2,000 ranks`; `1 class`, `2.5 classes`; `2 batches`."""
     figure = f"{number:,}" if isinstance(number, int) else f"{number:,g}"
-    return f"{figure} {noun}" + ("" if number == 1 else "es" if noun.endswith(("s", "ch")) else "s")
+    return f"{figure} {noun}" + ("" if number == 1 else "es" if noun.endswith(("s", "tch")) else "s")
 
 
 def readable_size(num_bytes: float) -> str:

@@ -43,10 +43,15 @@ def save(run: Run) -> None:
 
         def hand_over() -> None:
             record.folder.check_owner()
-            known = copy.deepcopy(state)
-            record.folder.writer.submit(
-                "checkpoint", progress.step, tensors, lambda copies: commit(run, copies, known), until=grace_ends(run)
-            )
+            known, writer = copy.deepcopy(state), record.folder.writer
+            if not writer.gives_up:  # otherwise all ranks stop soon
+                writer.submit(
+                    "checkpoint",
+                    progress.step,
+                    tensors,
+                    lambda copies: commit(run, copies, known),
+                    until=grace_ends(run),
+                )
 
         on_main(run.world, hand_over)
 

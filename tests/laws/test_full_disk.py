@@ -50,14 +50,14 @@ def test_a_full_disk_costs_lines_and_room_made_later_mends_everything(tmp_path: 
     ends as usual. Mutations: raise in the writer; lose lines of metrics; leave half a checkpoint on the full disk.
     """
     here = work_folder(tmp_path)
-    session = start(here, small_disk, "--duration=40step", "--checkpoint.every=4step", "--checkpoint.max_failed=100")
+    session = start(here, small_disk, "--duration=80step", "--checkpoint.every=4step", "--checkpoint.max_failed=100")
     run = small_disk / "run"
     session_log = session.log
     with contextlib.ExitStack() as stack:
         stack.callback(session.kill)
         until(session, lambda: checkpoint.complete(run / "checkpoints"))
         other = fill(small_disk)
-        until(session, lambda: "No space left" in session_log.read_text())
+        until(session, lambda: "of 100 in a row" in session_log.read_text())
         assert checkpoint.complete(run / "checkpoints")
         other.unlink()
         assert session.wait() == 0
@@ -65,8 +65,8 @@ def test_a_full_disk_costs_lines_and_room_made_later_mends_everything(tmp_path: 
     told = r"No space left on device; .* whole; [\d.]+ [kM]B are needed there, and 0 kB are free \(1 of 100 in a row\)"
     assert re.search(told, said), said
     assert (run / "STATE").read_text() == "done\n"
-    assert checkpoint.newest(run / "checkpoints")[0] == run / "checkpoints" / "step_00000040"
-    assert [row["step"] for row in read_rows(run / "metrics.jsonl") if "train/loss" in row] == list(range(2, 41, 2))
+    assert checkpoint.newest(run / "checkpoints")[0] == run / "checkpoints" / "step_00000080"
+    assert [row["step"] for row in read_rows(run / "metrics.jsonl") if "train/loss" in row] == list(range(2, 81, 2))
 
 
 def until(session: Session, condition: Callable[[], object]) -> None:
@@ -81,7 +81,7 @@ def until(session: Session, condition: Callable[[], object]) -> None:
 def test_a_disk_that_turns_read_only_for_a_while_is_mended_too(tmp_path: Path, small_disk: Path) -> None:
     """As a network file system that loses its server. Mutation: take only a full disk for a refusal."""
     here = work_folder(tmp_path)
-    session = start(here, small_disk, "--duration=40step", "--checkpoint.every=4step", "--checkpoint.max_failed=100")
+    session = start(here, small_disk, "--duration=80step", "--checkpoint.every=4step", "--checkpoint.max_failed=100")
     run = small_disk / "run"
     with contextlib.ExitStack() as stack:
         stack.callback(session.kill)
@@ -92,7 +92,7 @@ def test_a_disk_that_turns_read_only_for_a_while_is_mended_too(tmp_path: Path, s
         subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
         assert session.wait() == 0, session.log.read_text()[-3000:]
     assert (run / "STATE").read_text() == "done\n"
-    assert [row["step"] for row in read_rows(run / "metrics.jsonl") if "train/loss" in row] == list(range(2, 41, 2))
+    assert [row["step"] for row in read_rows(run / "metrics.jsonl") if "train/loss" in row] == list(range(2, 81, 2))
 
 
 def test_too_many_failures_in_a_row_stop_every_rank_with_state_failed(tmp_path: Path) -> None:
