@@ -294,17 +294,25 @@ def bytes_read(folder: Path) -> Figures:
 
 
 def counting_rank() -> None:
-    """A rank that counts what it reads of checkpoints."""
+    """A rank that counts what it reads of checkpoints until it trains."""
+    from dist_trainer.commands import train as command_train
     from dist_trainer.commands.main import main as rank_main
 
-    log = Path(os.environ[READ]) / os.environ["RANK"]
+    log, trains, loop = Path(os.environ[READ]) / os.environ["RANK"], list[bool](), command_train.train
+
+    def counting_ends(run: Any) -> str | None:
+        trains.append(True)
+        return loop(run)
+
+    command_train.train = counting_ends
     for name in ("digest", "read_tensors"):
         function = getattr(tensor_files, name)
 
         @functools.wraps(function)
         def counted(path: Path, function: Callable[[Path], Any] = function) -> Any:
-            with log.open("a") as out:
-                out.write(f"{path.stat().st_size}\n")
+            if not trains:
+                with log.open("a") as out:
+                    out.write(f"{path.stat().st_size}\n")
             return function(path)
 
         setattr(checkpoint, name, counted)
