@@ -16,6 +16,7 @@ from dist_trainer.run.data import bn_sample_stream
 from dist_trainer.run.evaluation import Evaluation
 from dist_trainer.run_folder import checkpoint
 from dist_trainer.run_folder.snapshots import Snapshots
+from dist_trainer.storage.storage import is_remote
 from dist_trainer.tensors import State
 from dist_trainer.tricks.averaging import average
 from dist_trainer.tricks.precise_bn import re_estimate
@@ -29,7 +30,10 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--last", type=int | None, default=None, help="this many of the last checkpoints instead")
     parser.add_argument("--files", type=list[str], default=[], help="these safetensors files instead")
     parser.add_argument("--greedy", action="store_true", help="keep a member only if validation does not drop")
-    parser.add_argument("--out", type=str | None, default=None, help="default: average.safetensors in the run folder")
+    parser.add_argument(
+        "--out", type=str | None, default=None, help="default: average.safetensors in the run folder, or here"
+    )
+    is_here = not (argv and is_remote(argv[0]))
     run, argv = run_folder_argument(argv, "checkpoints" if value_of(argv, "last") else "snapshots")
     if run is None and not {"-h", "--help"} & set(argv):
         raise UserError("average: give a run folder, such as runs/my-1a2b3c4d")
@@ -39,7 +43,7 @@ def command(argv: list[str]) -> int:
         if values[name] is not None and values[name] < 1:
             raise UserError(f"--{name}: {values[name]} is not positive")
     files = choose(run, top_k=values.top_k, last=values.last, files=[Path(file) for file in values.files])
-    out = Path(values.out) if values.out is not None else run / "average.safetensors"
+    out = Path(values.out) if values.out is not None else (run if is_here else Path()) / "average.safetensors"
     with ranks() as (world, terminal):
         if (wanted := values.last or values.top_k or 0) > len(files):
             kind, key = ("checkpoint", "checkpoint.keep_last") if values.last else ("snapshot", "averaging.top_k")
