@@ -113,6 +113,7 @@ def test_too_many_failures_in_a_row_stop_every_rank_with_state_failed(tmp_path: 
     assert 'Traceback (most recent call last):\n  File "/' not in said.partition("torch.distributed.elastic")[0]
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_fit_is_refused_before_a_step_and_the_estimate_is_what_is_written(
     tmp_path: Path, small_disk: Path
 ) -> None:

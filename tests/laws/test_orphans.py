@@ -9,7 +9,7 @@ import pytest
 from running import TINY, Session, torchrun
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.06, pytest.param(0.4, marks=pytest.mark.slow), 1.5])
+@pytest.mark.parametrize("delay", [0.0, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.06, 0.4, 1.5))])
 def test_ranks_end_with_torchrun_however_early_it_dies(delay: float, fashion: list[str], tmp_path: Path) -> None:
     """The kernel's signal is asked for before torch is imported; before that, the parent's death is seen.
 

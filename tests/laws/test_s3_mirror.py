@@ -106,6 +106,7 @@ def test_faults_of_the_storage_cost_no_step_and_no_bit(tmp_path: Path, server: S
     same(here / "again" / "faulty", undisturbed)
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_an_upload_never_leaves_half_a_checkpoint(
     tmp_path: Path, server: S3Server, undisturbed: Path
 ) -> None:
