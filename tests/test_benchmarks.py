@@ -100,7 +100,7 @@ def check(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     elif program == "dist-trainer" and rest[0] in ("ls", "cp", "--help"):
         assert not options[rest[0] == "--help" :]
     elif program == "dist-trainer":
-        shown = options_of(" ".join(rest[:2] if rest[0] == "shards" else rest[:1]), capsys)
+        shown = options_of(" ".join(rest[:2] if rest[0] in ("shards", "checkpoints") else rest[:1]), capsys)
         assert all(f"--{option}" in shown or option in CONFIG_KEYS for option in options), options
     elif program in ("launch/local.sh", "launch/node.sh"):
         assert (ROOT / program).is_file()
@@ -109,7 +109,7 @@ def check(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         names = [word for before, word in zip(["", *rest], rest, strict=False) if before != "-m"]
         assert all(word.startswith("-") or (ROOT / word).exists() for word in names), rest
     else:
-        assert program in ("pip", "sbatch"), f"what is {program}?"
+        assert program in ("pip", "sbatch", "rm"), f"what is {program}?"
 
 
 CONFIG_KEYS = set(keys_of(TrainConfig))
