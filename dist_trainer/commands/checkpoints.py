@@ -16,6 +16,7 @@ from dist_trainer.report.table import aligned
 from dist_trainer.run_folder import checkpoint
 from dist_trainer.run_folder.fetch import local_run, local_weights
 from dist_trainer.run_folder.mirror import KINDS
+from dist_trainer.storage.storage import is_remote
 from dist_trainer.tensors import kind
 
 USAGE = """usage: dist-trainer checkpoints ls|verify|show RUN
@@ -44,13 +45,13 @@ def command(argv: list[str]) -> int:
 
 def ls(given: str) -> int:
     run = _run(given)
-    print(aligned([HEADER, *(_row(run, each, digests=False) for each in _folders(run))]))
+    print(aligned([HEADER, *(_row(run, each, digests=False, is_here=not is_remote(given)) for each in _folders(run))]))
     return 0
 
 
 def verify(given: str) -> int:
     run = _run(given)
-    rows = [_row(run, each, digests=True) for each in _folders(run)]
+    rows = [_row(run, each, digests=True, is_here=not is_remote(given)) for each in _folders(run)]
     print(aligned([HEADER, *rows]))
     damaged = [row for row in rows if row[5] != WHOLE]
     print(f"{len(rows) - len(damaged)} of {len(rows)} are whole, by the size and digest of every file")
@@ -107,7 +108,7 @@ def _folders(run: Path) -> Iterator[Path]:
         yield from checkpoint.steps(run / name)
 
 
-def _row(run: Path, folder: Path, *, digests: bool) -> tuple[str, ...]:
+def _row(run: Path, folder: Path, *, digests: bool, is_here: bool) -> tuple[str, ...]:
     reason = checkpoint.fault(folder, digests=digests)
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
@@ -119,7 +120,7 @@ def _row(run: Path, folder: Path, *, digests: bool) -> tuple[str, ...]:
         str(folder.relative_to(run)),
         f"{checkpoint.step_of(folder):,}",
         f"{state['epoch']:.2f}" if "epoch" in state else "",
-        str(timedelta(seconds=round(age))),
+        str(timedelta(seconds=round(age))) if is_here else "",
         readable_size(sum(each.st_size for each in files)),
         WHOLE if reason is None else f"not whole: {reason}",
         _metrics(state),

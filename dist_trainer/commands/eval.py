@@ -10,7 +10,7 @@ from dist_trainer.errors import UserError
 from dist_trainer.run.evaluation import evaluate_weights
 from dist_trainer.run_folder.checkpoint import newest
 from dist_trainer.run_folder.fetch import local_weights
-from dist_trainer.storage.storage import Storage
+from dist_trainer.storage.storage import Storage, is_remote
 
 
 def command(argv: list[str]) -> int:
@@ -34,17 +34,19 @@ def command(argv: list[str]) -> int:
         help="timm/MODEL[.TAG] or torchvision/MODEL[.TAG]: their weights beside their published accuracy, instead of a "
         "run's: are the labels right? Needs no config, only --data.val; with --weights a file of that model",
     )
+    given = argv[0] if argv else ""
     folder, argv = run_folder_argument(argv, *(() if value_of(argv, "weights") else ("best",)))
     if name := value_of(argv, "pretrained"):
         return eval_published(parser, name, argv)
     config, values = parse_config(parser, argv)
     storage = Storage(config.data.storage_options, config.data.retry)
     weights = _weights(values.weights, folder, storage)
+    shown = values.weights or (f"{given.rstrip('/')}/best/{weights.name}" if is_remote(given) else weights)
     with ranks() as (world, terminal):
         result, digest = evaluate_weights(config, weights, world, terminal, values.of)
         m = result.metrics
         terminal.say(
-            f"{weights}: top-1 {m['top1']:.2%} ({result.correct1}/{result.num_samples})  "
+            f"{shown}: top-1 {m['top1']:.2%} ({result.correct1}/{result.num_samples})  "
             f"top-5 {m['top5']:.2%} ({result.correct5}/{result.num_samples})  loss {m['loss']:.4f}"
         )
         terminal.say(f"sha256 {digest}")
