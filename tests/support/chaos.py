@@ -70,7 +70,7 @@ class Chaos:
     def over(self, name: str) -> bool:
         """One launch: two ranks are killed, then torchrun. Whether the run came to its end instead."""
         if self.left and self.dice.random() < 0.3 and (self.here / "mirror" / name).exists():
-            shutil.rmtree(self.here / "runs" / name)  # another machine
+            shutil.rmtree(self.here / "runs" / name, ignore_errors=True)  # another machine; gone already, maybe
             self.killed["local folders removed"] += 1
         world = self.dice.choice([1, 2, 3, 4])
         session = self.launch(name, world, restarts=2)
