@@ -42,7 +42,7 @@ class Chaos:
     def __init__(self, folder: Path, kills: int, seed: int, say: Callable[[str], None] = print) -> None:
         self.here = work_folder(folder)
         self.dice, self.left, self.say = random.Random(seed), kills, say
-        self.killed, self.ends, self.session = Counter[str](), 0, None  # type: Counter[str], int, Session | None
+        self.killed, self.moves, self.ends = Counter[str](), 0, 0
         self.marks = folder / "marks"
         self.marks.mkdir()
 
@@ -63,7 +63,7 @@ class Chaos:
             self.compare(name)
             self.ends += 1
         self.say(
-            f"{sum(self.killed.values())} kills, {self.ends} runs with the bits of the undisturbed one, "
+            f"{sum(self.killed.values())} kills, {self.moves} moves, {self.ends} runs with the bits of the undisturbed one, "
             f"{time.monotonic() - began:.0f} s: {', '.join(f'{n} {what}' for what, n in sorted(self.killed.items()))}"
         )
 
@@ -71,7 +71,7 @@ class Chaos:
         """One launch: two ranks are killed, then torchrun. Whether the run came to its end instead."""
         if self.left and self.dice.random() < 0.3 and (self.here / "mirror" / name).exists():
             shutil.rmtree(self.here / "runs" / name, ignore_errors=True)  # another machine; gone already, maybe
-            self.killed["local folders removed"] += 1
+            self.moves += 1
         world = self.dice.choice([1, 2, 3, 4])
         session = self.launch(name, world, restarts=2)
         try:
