@@ -63,7 +63,7 @@ class Chaos:
             self.compare(name)
             self.ends += 1
         self.say(
-            f"{sum(self.killed.values())} kills, {self.moves} moves, {self.ends} runs with the bits of the undisturbed one, "
+            f"{sum(self.killed.values())} kills, {self.moves} moves, {self.ends} runs with the undisturbed one's bits, "
             f"{time.monotonic() - began:.0f} s: {', '.join(f'{n} {what}' for what, n in sorted(self.killed.items()))}"
         )
 
