@@ -12,6 +12,7 @@ from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.stream import order_samples
 from dist_trainer.engine.evaluate import center_crop
 from dist_trainer.errors import UserError
+from dist_trainer.log.names import ACCURACY, SCORES
 from dist_trainer.models import ModelConfig, build_model
 from dist_trainer.models.trial import try_images
 from dist_trainer.plan import Duration, Plan, make_plan
@@ -79,7 +80,7 @@ def make_blueprint(
     center_crop(config.eval)
     config.engine.check()
     config.log.check(config.wandb)
-    config.checkpoint.check()
+    config.checkpoint.check(logged_metrics(config))
     config.run.check()
     if config.model.sync_bn:
         check_sync_bn(plan, config.model.freeze)
@@ -173,7 +174,13 @@ def check_weights(config: TrainConfig, plan: Plan) -> int:
         raise UserError(f"ema.start: {config.ema.start} is step {start}, and the run has {plan.total_steps}")
     if config.precise_bn.num_slots(plan.micro_batch, plan.num_samples) and config.data.source == "stream":
         raise UserError("precise_bn.num_samples: needs an index to draw from; data.source: stream has none")
-    ema = ["val_ema/top1"] if config.ema.decay is not None else []
-    if config.averaging.metric == "auto" or config.averaging.top_k < 0:
-        chosen_metric(config.averaging, ["val/top1", *ema])
+    if config.averaging.top_k:
+        chosen_metric(config.averaging, logged_metrics(config))
     return start
+
+
+def logged_metrics(config: TrainConfig) -> list[str]:
+    """Metrics of the validation, by name: those of a network with batch-norm."""
+    names = ["model", *(["ema"] if config.ema.decay is not None else [])]
+    kinds = ["", *(["_bn"] if config.precise_bn.num_samples else [])]
+    return [f"{SCORES[name + kind][0]}/{key}" for name in names for kind in kinds for key in ACCURACY]

@@ -81,7 +81,7 @@ class End:
     def _last_writes(self) -> None:
         """What was handed over before the error is whole: let it become a checkpoint."""
         if self._run is not None and self._world.is_main:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # the error that ends the run is the one to tell
                 until = time.monotonic() + self._run.config.checkpoint.grace
                 self._run.record.folder.writer.finish(until)
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from dist_trainer.distributed.collectives import on_main
-from dist_trainer.errors import UserError, nearest
 from dist_trainer.plan import Plan
 from dist_trainer.run.blueprint import Intervals
 from dist_trainer.run.state import Run
@@ -111,11 +110,7 @@ def counts(run: Run) -> dict[str, int]:
 def retention_of(config: CheckpointConfig, weights: Weights, plan: Plan, intervals: Intervals) -> Retention:
     """Raises UserError for a metric that is not logged."""
     logged = weights.logged()
-    if config.best_metric not in logged:
-        raise UserError(
-            f"checkpoint.best_metric: {config.best_metric!r} is not logged{nearest(config.best_metric, logged)}; "
-            f"there are {', '.join(sorted(logged))}"
-        )
+    config.check(logged)
     return Retention(
         last=config.keep_last,
         best=config.keep_best,

@@ -8,6 +8,7 @@ from dist_trainer.config.tree import TrainConfig
 from dist_trainer.engine.optimizer_state import bytes_per_weight
 from dist_trainer.errors import UserError, readable_size
 from dist_trainer.run.blueprint import Blueprint
+from dist_trainer.run_folder.what_follows import read_state
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ def room_note(space: Space, folder: Path) -> str | None:
 
     Raises UserError where not even one checkpoint does.
     """
+    if read_state(folder)[0] == "done":  # nothing more is written, or little
+        return None
     place = next(each for each in (folder, *folder.parents) if each.exists())
     free = shutil.disk_usage(place).free
     there = sum(each.stat().st_size for each in folder.rglob("*.safetensors"))

@@ -7,13 +7,14 @@ is not a checkpoint. DeepSpeed's own format (one file per rank, a pointer writte
 
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from dist_trainer.errors import UserError
+from dist_trainer.errors import UserError, nearest
 from dist_trainer.run_folder.retention import Retention
 from dist_trainer.run_folder.tensor_files import digest, read_tensors, save_tensors
 from dist_trainer.storage.atomic import replace_text, sync
@@ -44,8 +45,13 @@ class CheckpointConfig:
     max_failed: int = 3
     """Checkpoints in a row that the storage may refuse; then training stops."""
 
-    def check(self) -> None:
-        """Raises UserError for numbers that cannot be."""
+    def check(self, logged: Collection[str]) -> None:
+        """Raises UserError for numbers that cannot be, and for a metric that is not `logged`."""
+        if self.best_metric not in logged:
+            raise UserError(
+                f"checkpoint.best_metric: {self.best_metric!r} is not logged{nearest(self.best_metric, logged)}; "
+                f"there are {', '.join(sorted(logged))}"
+            )
         if self.keep_last < 1:
             raise UserError(f"checkpoint.keep_last: {self.keep_last}; keep at least 1 to resume from")
         for key, value in (("keep_best", self.keep_best), ("keep_every", self.keep_every)):

@@ -69,6 +69,8 @@ class Uploader:
             return bool(self.mirror.manifests("checkpoints"))
         except _REFUSED as error:
             raise _unread(error) from None
+        except UserError as error:  # a URL that nobody knows
+            raise UserError(f"run.mirror: {error}") from None
 
     def _read_owner(self) -> dict[str, Any] | None:
         try:

@@ -32,11 +32,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def fill(disk: Path) -> Path:
-    """Write a file that leaves no page free."""
+def fill(disk: Path, leave: int = 0) -> Path:
+    """Write a file that leaves so many bytes free."""
     free = os.statvfs(disk)
     file = disk / "other people's"
-    file.write_bytes(b"\0" * (free.f_bavail * free.f_bsize))
+    file.write_bytes(b"\0" * (free.f_bavail * free.f_bsize - leave))
     return file
 
 
@@ -86,8 +86,8 @@ def test_a_disk_that_turns_read_only_for_a_while_is_mended_too(tmp_path: Path, s
     with contextlib.ExitStack() as stack:
         stack.callback(session.kill)
         until(session, lambda: checkpoint.complete(run / "checkpoints"))
-        while subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=False).returncode:
-            time.sleep(0.01)  # a file is open for writing just now
+        # Refused while a file is open for writing.
+        until(session, lambda: not subprocess.call(["mount", "-o", "remount,ro", str(small_disk)]))
         until(session, lambda: "Read-only file system" in session.log.read_text())
         subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
         assert session.wait() == 0, session.log.read_text()[-3000:]
@@ -131,7 +131,8 @@ def test_a_run_that_cannot_fit_is_refused_before_a_step_and_the_estimate_is_what
     assert json.loads(planned.stdout)["checkpoint_bytes"] == written
     used = sum(each.stat().st_size for each in small_disk.rglob("*.safetensors"))
     assert used < json.loads(planned.stdout)["disk_bytes"]
-    fill(small_disk)
+    fill(small_disk, leave=16384)  # less than a checkpoint
+    assert start(here, small_disk, "--duration=4step").wait() == 0, "a run that is complete needs no room"
     session = start(here, small_disk, "--duration=4step", "--run.seed=1", "--run.name=other")
     assert session.wait() == 1
     (line,) = [line for line in session.log.read_text().splitlines() if line.startswith("dist-trainer: run.dir")]

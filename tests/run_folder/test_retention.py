@@ -3,7 +3,11 @@
 import itertools
 
 import pytest
+from helpers import message
+from running import ROOT
 
+from dist_trainer.commands.main import dispatch
+from dist_trainer.errors import UserError
 from dist_trainer.plan import BatchConfig, Duration, make_plan
 from dist_trainer.run_folder.retention import Retention
 
@@ -50,3 +54,14 @@ def test_every_nth_counts_what_is_due_and_no_stop_between() -> None:
     every = Duration(0.5, "ep")  # 5 steps
     assert [step for step in range(1, 41) if plan.is_nth(step, every, 3)] == [15, 30]
     assert not any(plan.is_nth(step, every, 0) or plan.is_nth(step, None, 1) for step in range(1, 101))
+
+
+@pytest.mark.parametrize("key", ["checkpoint.best_metric", "averaging.metric"])
+def test_a_metric_that_is_not_logged_is_refused_before_there_is_a_folder(key: str) -> None:
+    """`plan` refuses it too. Mutation: find it out when the learner is built, after the folder is claimed."""
+    config = str(ROOT / "tests" / "fixtures" / "81fd9c4" / "small.yaml")
+    with pytest.raises(UserError) as caught:
+        dispatch(["plan", config, "--samples=128", "--gpus=1", f"--{key}=val/top2"])
+    assert message(caught).startswith(
+        f"{key}: 'val/top2' is not logged; did you mean 'val/top5'?; there are val/loss, "
+    )
