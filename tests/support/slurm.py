@@ -172,6 +172,19 @@ class Slurm:
             assert time.monotonic() < deadline, self("scontrol", "show", "job", job)
             time.sleep(0.2)  # between two looks; the deadline decides
 
+    def start_now(self, job: str, seconds: float = 120) -> None:
+        """A job that was put back: Slurm itself would wait two minutes."""
+        deadline = time.monotonic() + seconds
+        while "JobState=PENDING" in self("scontrol", "show", "job", job):
+            assert time.monotonic() < deadline, self.told(job)
+            self("scontrol", "update", f"JobId={job}", "StartTime=now")
+            time.sleep(1)  # between two looks; the deadline decides
+
+    def told(self, job: str) -> str:
+        """What Slurm says of a job that does not do what it should."""
+        log = (self._folder / "slurmctld.log").read_text()[-3000:]
+        return "\n".join([self("scontrol", "show", "job", job), self("scontrol", "show", "node"), log])
+
     def wait(self, job: str, seconds: float = 120) -> tuple[str, str]:
         """(its last state, its exit code), such as ("FAILED", "3:0")."""
         deadline = time.monotonic() + seconds
