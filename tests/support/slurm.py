@@ -177,7 +177,8 @@ class Slurm:
         deadline = time.monotonic() + seconds
         while "JobState=PENDING" in self("scontrol", "show", "job", job):
             assert time.monotonic() < deadline, self.told(job)
-            self("scontrol", "update", f"JobId={job}", "StartTime=now")
+            with contextlib.suppress(AssertionError):  # it has started meanwhile
+                self("scontrol", "update", f"JobId={job}", "StartTime=now")
             time.sleep(1)  # between two looks; the deadline decides
 
     def told(self, job: str) -> str:
