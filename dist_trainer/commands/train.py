@@ -21,6 +21,7 @@ from dist_trainer.errors import EXIT_STATUS, UserError
 from dist_trainer.log.console import Terminal
 from dist_trainer.run.advice import against_infinity
 from dist_trainer.run.end import End
+from dist_trainer.run.saving import grace_ends
 from dist_trainer.run.start import build_run, prepare_run
 from dist_trainer.run.state import Run
 from dist_trainer.run.summary import finish_run, summary_rows
@@ -40,9 +41,10 @@ def command(argv: list[str]) -> int:
     with ranks(config.run.timeout + 60) as (world, terminal):
         outcome = train_run(config, stem(values), world, terminal)
         if outcome.stopped_by:
-            terminal.say(
-                f"stopped by {outcome.stopped_by} after step {outcome.summary['steps']}, saved; start again to continue"
-            )
+            after = f"stopped by {outcome.stopped_by} after step {outcome.summary['steps']}"
+            missing = outcome.summary["missing"]
+            kept = f"; {missing}: the checkpoint before it stands" if missing else ", saved"
+            terminal.say(f"{after}{kept}; start again to continue")
         else:
             title = f"{outcome.folder.path}: {'complete' if outcome.was_complete else 'done'}"
             terminal.table(title, summary_rows(outcome.summary))
@@ -103,6 +105,7 @@ def _train(run: Run, end: End, stop: StopRequest) -> Outcome:
     def asked() -> tuple[str, float] | None:
         return None if run.sums.stop else stop.heard
 
+    folder.writer.until = partial(grace_ends, run)
     stacks = folder.path / "stacks"
     with (
         naming_operations(),

@@ -83,7 +83,8 @@ class End:
         if self._run is not None and self._world.is_main:
             with contextlib.suppress(Exception):  # the error that ends the run is the one to tell
                 until = time.monotonic() + self._run.config.checkpoint.grace
-                self._run.record.folder.writer.finish(until)
+                self._run.record.folder.writer.until = lambda: until
+                self._run.record.folder.writer.finish()
 
     def _out_of_memory(self, error: Exception) -> str | None:
         """One line if that is what `error` says: what did not fit, and what to change."""

@@ -44,13 +44,7 @@ def save(run: Run) -> None:
             record.folder.check_owner()
             known, writer = copy.deepcopy(state), record.folder.writer
             if not writer.gives_up:  # otherwise all ranks stop soon
-                writer.submit(
-                    "checkpoint",
-                    progress.step,
-                    tensors,
-                    lambda copies: commit(run, copies, known),
-                    until=grace_ends(run),
-                )
+                writer.submit("checkpoint", progress.step, tensors, lambda copies: commit(run, copies, known))
 
         on_main(run.world, hand_over)
 

@@ -52,8 +52,7 @@ class StepSums:
     ) -> None:
         self.stop: str | None = None
         """The signal (or CANNOT_SAVE) that asked some rank to stop: the same on every rank at the same step."""
-        self.stopped_at: float | None = None
-        """When (time.monotonic) this rank first knew of it."""
+        self._stopped_at: float | None = None
         self._asked_for: str | None = None
         self.num_beyond = num_beyond
         """Values of gradients that exact sums did not promise, of all ranks, so far."""
@@ -86,6 +85,12 @@ class StepSums:
         """Stop all ranks after this step, for one of VOTES."""
         self._asked_for = stop
 
+    @property
+    def stopped_at(self) -> float | None:
+        """When (time.monotonic) this rank first knew that it is to stop: by its own signal, or by the others' votes."""
+        heard = self._stop_request.heard
+        return heard[1] if heard else self._stopped_at
+
     def _own_votes(self) -> list[float]:
         return [float(name in (self._stop_request.signal, self._asked_for)) for name in VOTES]
 
@@ -94,8 +99,7 @@ class StepSums:
             if count:
                 self.stop = name
         if self.stop and self.stopped_at is None:
-            heard = self._stop_request.heard
-            self.stopped_at = heard[1] if heard else time.monotonic()
+            self._stopped_at = time.monotonic()
 
     def _reset(self) -> None:
         self._loss = torch.zeros(2, dtype=torch.float64, device=self._device)

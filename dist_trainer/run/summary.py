@@ -10,7 +10,7 @@ from dist_trainer.plan import Plan
 from dist_trainer.run.advice import keys_to_turn
 from dist_trainer.run.pictures import draw_predictions
 from dist_trainer.run.promise import promise
-from dist_trainer.run.saving import grace_ends, last_copies
+from dist_trainer.run.saving import last_copies
 from dist_trainer.run.state import Run
 from dist_trainer.run_folder.environment import git_revision
 from dist_trainer.run_folder.folder import State
@@ -33,6 +33,7 @@ def finish_run(run: Run, state: State, reason: str | None = None) -> dict[str, A
     seconds = time.perf_counter() - record.started
     summary: dict[str, Any] = {
         **how_it_ends(state, reason, progress.step, run.plan),
+        "missing": missing,
         "skipped": progress.skipped,
         "bits": promise(run.config, run.sums.num_beyond),
         "weights_sha256": run.learner.weights.digests(),
@@ -67,13 +68,11 @@ def last_writes(run: Run) -> str | None:
     began, writer = time.perf_counter(), run.record.folder.writer
 
     def wait() -> tuple[str | None, list[str]]:
-        return writer.finish(grace_ends(run)), writer.tell()
+        return writer.finish(), writer.tell()
 
     missing, news = on_main(run.world, wait)
     for line in news:
         run.record.tracker.terminal.say(line)
-    if missing and run.sums.stopped_at is not None:
-        run.record.tracker.terminal.say(f"{missing}: the checkpoint before it stands")
     run.record.seconds["save"] += time.perf_counter() - began
     return missing
 

@@ -15,6 +15,8 @@ import torch
 from dist_trainer.errors import LocalError, UserError, plural, readable_size
 from dist_trainer.tensors import State
 
+LOOK_S = 0.2
+"""How often a wait looks whether a signal has come meanwhile."""
 SAID_AFTER_S = 1.0
 """A wait this long for the write before is told."""
 
@@ -76,6 +78,10 @@ class BackgroundWriter:
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._ends = False
+        self._left_out: str | None = None
+        self.until: Callable[[], float | None] = lambda: None
+        """Until when (time.monotonic) whoever waits here may wait, looked at again while it waits; None: as long as it
+        takes."""
         self.failed_in_a_row = 0
         """Checkpoints that were not written since the last one that was."""
         self.failed = 0
@@ -98,16 +104,15 @@ class BackgroundWriter:
         step: int,
         tensors: dict[str, State],
         write: Callable[[dict[str, State]], str | None],
-        *,
-        until: float | None = None,
     ) -> bool:
         """Copy `tensors` and have `write` called with the copies; it may return a line to tell. False: a write of the
-        same kind still ran at the time `until` (time.monotonic), and this one is left out.
+        same kind still ran at the time `until`; this one is left out, and all after it, which may rely on it.
 
         Raises what a former write raised, but a refusal of the storage.
         """
         with self._changed:
-            if not self._wait(kind, until):
+            if self._left_out or not self._wait(kind):
+                self._left_out = self._left_out or f"the {kind} of step {step}"
                 return False
             self._failed.pop(kind, None)  # nothing of this kind is written from here on: its memory is free
         new = _Write(kind, step, self._copies.take(kind, tensors), write)
@@ -121,20 +126,24 @@ class BackgroundWriter:
             self.wait()
         return True
 
-    def wait(self, kind: str | None = None, *, until: float | None = None) -> bool:
+    def wait(self, kind: str | None = None) -> bool:
         """Until what was handed over (of one kind) is written, or the time is `until` (then False). Raises as `submit`
         does."""
         with self._changed:
-            return self._wait(kind, until)
+            return self._wait(kind)
 
-    def _wait(self, kind: str | None, until: float | None) -> bool:
+    def _is_late(self) -> bool:
+        until = self.until()
+        return until is not None and time.monotonic() >= until
+
+    def _wait(self, kind: str | None) -> bool:
         def is_busy() -> bool:
             ahead = [*([self._running] if self._running else []), *self._waiting]
             return any(kind in (None, each.kind) for each in ahead)
 
         began = time.monotonic()
-        while is_busy() and (until is None or time.monotonic() < until):
-            self._changed.wait(None if until is None else max(0.0, until - time.monotonic()))
+        while is_busy() and not self._is_late():
+            self._changed.wait(LOOK_S)
         waited = time.monotonic() - began
         if waited > SAID_AFTER_S and kind is not None:
             self._news.append(f"training waited {waited:.1f} s for the {kind} before to be written")
@@ -150,23 +159,25 @@ class BackgroundWriter:
             news, self._news = self._news, []
         return news
 
-    def finish(self, until: float | None = None) -> str | None:
-        """Wait for everything, and try again what failed; until the time is `until`. A line about what is missing.
+    def finish(self) -> str | None:
+        """Wait for everything, and try again what failed; until the time is `until`. Words about what is missing.
 
         Nothing can be handed over afterwards.
         """
-        in_time = self.wait(until=until)
+        in_time = self.wait()
         with self._changed:
             running = self._running
         if not in_time and running is not None:
             return f"the {running.kind} of step {running.step} could not be written in time"
         for _ in range(self._max_failed):
-            if not self._failed or self.gives_up or (until is not None and time.monotonic() >= until):
+            if not self._failed or self.gives_up or self._is_late():
                 break
             self._retry_failed()
         with self._changed:
             self._ends = True
             self._changed.notify_all()
+        if self._left_out:
+            return f"{self._left_out} could not be written in time"
         return self._first_reason() or None
 
     def _raise(self) -> None:

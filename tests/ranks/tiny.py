@@ -3,6 +3,7 @@
 import os
 import random
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,21 @@ class Stuck(SmoothNet):
         if self.training and self.num_forwards == 2:
             threading.Event().wait()
         return super().forward(x)
+
+
+class OnSlowDisk(SmoothNet):
+    """Each sync takes as many seconds longer as the file `slow` in the working folder says, while there is one."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        sync, slow = os.fsync, Path("slow").absolute()
+
+        def slow_sync(descriptor: int) -> None:
+            if slow.exists():
+                time.sleep(float(slow.read_text()))
+            sync(descriptor)
+
+        os.fsync = slow_sync
 
 
 class Broken(SmoothNet):

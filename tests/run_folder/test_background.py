@@ -1,5 +1,6 @@
 """The writer behind training: copies at once, writes later, one at a time, and loses no error."""
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -75,12 +76,22 @@ def test_the_next_of_a_kind_waits_for_the_one_before_and_others_keep_their_order
 
 
 def test_a_stopped_run_does_not_wait_longer_than_it_may(tmp_path: Path) -> None:
-    """Neither for the one before nor at its end; and says what is missing. Mutation: wait without a deadline."""
-    writer, slow = BackgroundWriter(tmp_path), Slow()
-    writer.submit("checkpoint", 1, states(1.0), slow)
-    assert not writer.submit("checkpoint", 2, states(2.0), slow, until=time.monotonic() + 0.1)
-    assert writer.finish(time.monotonic() + 0.1) == "the checkpoint of step 1 could not be written in time"
+    """Neither for the one before nor at its end; the stop may come while it waits; and says what is missing.
+
+    Mutations: wait without a deadline; look at it once; a checkpoint is written whose best weights were left out; the
+    one that was left out is not missed.
+    """
+    writer, slow, ends = BackgroundWriter(tmp_path), Slow(), list[float]()
+    writer.until = lambda: ends[0] if ends else None
+    writer.submit("best", 1, states(1.0), slow)
+    threading.Timer(0.3, lambda: ends.append(time.monotonic() + 0.1)).start()
+    assert not writer.submit("best", 2, states(2.0), slow)
+    assert writer.finish() == "the best of step 1 could not be written in time"
     slow.go.set()
+    ends[0] = math.inf
+    assert writer.wait()
+    assert not writer.submit("checkpoint", 2, states(2.0), writes)
+    assert writer.finish() == "the best of step 2 could not be written in time"
 
 
 def test_a_refusal_is_told_once_with_bytes_and_counted_until_one_succeeds(tmp_path: Path) -> None:
