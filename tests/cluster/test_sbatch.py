@@ -53,7 +53,7 @@ def test_a_stopped_job_queues_itself_again_and_ends_as_if_it_had_not_been_stoppe
     assert slurm.wait(cancelled)[0] == "CANCELLED"
     assert state(other) == ["stopped", f"{cancelled}.0.0"]
 
-    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits two minutes
+    slurm.restart_now(job)
     alone(here)
     assert slurm.wait(job) == ("COMPLETED", "0:0"), (here / f"{job}.out").read_text()
     assert state(run) == ["done", f"{job}.1.0"]
@@ -79,7 +79,7 @@ def test_a_preempted_job_goes_on_when_the_nodes_are_free_again(slurm: Slurm, her
     slurm.wait_for_restart(job)
     assert state(run) == ["stopped", f"{job}.0.0"]
     assert slurm.wait(other) == ("COMPLETED", "0:0")
-    slurm("scontrol", "update", f"JobId={job}", "NumNodes=1", "StartTime=now")
+    slurm.restart_now(job, "NumNodes=1")
     assert slurm.wait(job) == ("COMPLETED", "0:0"), (here / f"{job}.out").read_text()
     assert state(run) == ["done", f"{job}.1.0"]
     alone(here)

@@ -69,11 +69,8 @@ def test_every_end_from_outside_is_gone_on_from_to_the_same_bits(slurm: Slurm, h
         assert option in shown
     assert "train.sbatch small.yaml" in shown
     assert "Submitted batch job" not in output(here, limited) and "sbatch: error" not in output(here, limited)
-    slurm("scontrol", "update", f"JobId={limited}", "StartTime=now", "TimeLimit=30")  # or the next one comes at once
-    slurm.wait_for_restart(lost, 120)
-    gone = lambda: not processes(SLURM_JOB_ID=lost)  # noqa: E731
-    wait_for(gone, lambda: output(here, lost), 60)  # released earlier, the end of its first script would be its own
-    slurm("scontrol", "update", f"JobId={lost}", "StartTime=now")
+    slurm.restart_now(limited, "TimeLimit=30")  # or the next one comes at once
+    slurm.restart_now(lost)
 
     undisturbed = digests(alone(here))
     for job, name in ((killed, "killed"), (lost, "lost"), (limited, "limited"), (successor[0], "refused")):

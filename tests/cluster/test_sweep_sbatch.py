@@ -40,9 +40,8 @@ def test_a_stopped_task_asks_again_and_its_trial_goes_on(tmp_path: Path, monkeyp
         slurm("scancel", "--batch", "--signal=USR1", f"{job}_1")
         said = (here / f"{job}.out").read_text
         wait_for(lambda: (run / "STATE").read_text() == "stopped\n", said, 60)
-        slurm.wait_for_restart(f"{job}_1")
 
-        slurm.start_now(f"{job}_1")
+        slurm.restart_now(f"{job}_1")
         wait_for(lambda: state(run) == ["done"], said, 240)  # on a busy machine 300 steps take their time
         wait_for(lambda: server.runs["trial1"].exit_code == 0, said, 60)
         assert [row["step"] for row in server.runs["trial1"].history] == list(range(1, 301))

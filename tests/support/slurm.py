@@ -144,12 +144,13 @@ class Slurm:
             with contextlib.suppress(OSError):
                 os.kill(step, signal.SIGKILL)
 
-    def _steps(self) -> list[int]:
-        """The processes that run this Slurm's steps: their working folder is the daemons'."""
+    def _steps(self, job: str = "") -> list[int]:
+        """The processes that run this Slurm's steps (of one job): their working folder is the daemons'."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if (folder / "comm").read_text().startswith("slurmstepd") and self._folder == (
+                line = (folder / "cmdline").read_text()  # slurmstepd: [JOB.batch]
+                if line.startswith(f"slurmstepd: [{job}{'.' if job else ''}") and self._folder == (
                     folder / "cwd"
                 ).readlink():
                     found.append(int(folder.name))
@@ -172,19 +173,18 @@ class Slurm:
             assert time.monotonic() < deadline, self("scontrol", "show", "job", job)
             time.sleep(0.2)  # between two looks; the deadline decides
 
-    def start_now(self, job: str, seconds: float = 120) -> None:
-        """A job that was put back: Slurm itself would wait two minutes."""
-        deadline = time.monotonic() + seconds
-        while "JobState=PENDING" in self("scontrol", "show", "job", job):
-            assert time.monotonic() < deadline, self.told(job)
-            with contextlib.suppress(AssertionError):  # it has started meanwhile
-                self("scontrol", "update", f"JobId={job}", "StartTime=now")
-            time.sleep(1)  # between two looks; the deadline decides
+    def restart_now(self, job: str, *settings: str, seconds: float = 120) -> None:
+        """Once it is in the queue again: Slurm itself would wait two minutes, which its first script needs to end.
 
-    def told(self, job: str) -> str:
-        """What Slurm says of a job that does not do what it should."""
-        log = (self._folder / "slurmctld.log").read_text()[-3000:]
-        return "\n".join([self("scontrol", "show", "job", job), self("scontrol", "show", "node"), log])
+        Released earlier, the end of that script would be its own.
+        """
+        self.wait_for_restart(job, seconds)
+        number = job.partition("_")[0]
+        deadline = time.monotonic() + seconds
+        while self._steps(number) or processes(SLURM_JOB_ID=number, SLURM_CONF=self._config):
+            assert time.monotonic() < deadline, self("scontrol", "show", "job", job)
+            time.sleep(0.2)  # between two looks; the deadline decides
+        self("scontrol", "update", f"JobId={job}", "StartTime=now", *settings)
 
     def wait(self, job: str, seconds: float = 120) -> tuple[str, str]:
         """(its last state, its exit code), such as ("FAILED", "3:0")."""
