@@ -6,9 +6,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from dist_trainer.errors import UserError, nearest
+from dist_trainer.plan import Duration
+
+MOST_LISTED = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +29,10 @@ def resolve(key: str, name: str, builtin: Mapping[str, Any], kind: str) -> Any:
     if ":" not in name:
         if name in builtin and callable(builtin[name]):
             return builtin[name]
+        there = f"; there are {', '.join(sorted(builtin))}" if 0 < len(builtin) <= MOST_LISTED else ""
         raise UserError(
-            f"{key}: {name!r} is not a built-in {kind}{nearest(name, builtin)}; your own is written package.module:Name"
+            f"{key}: {name!r} is not a built-in {kind}{nearest(name, builtin)}{there}; your own is written "
+            "package.module:Name"
         )
     module_name, _, attribute = name.partition(":")
     here = str(Path.cwd())
@@ -43,7 +48,7 @@ def resolve(key: str, name: str, builtin: Mapping[str, Any], kind: str) -> Any:
 
 
 def check_args(key: str, name: str, target: Any, args: Mapping[str, Any], *given: Any, **more: Any) -> None:
-    """Raises UserError when `target(*given, **more, **args)` would not bind."""
+    """Raises UserError when `target(*given, **more, **args)` would not bind, and for text where a number belongs."""
     try:
         signature = inspect.signature(target)
     except ValueError:  # a builtin without a signature
@@ -53,6 +58,24 @@ def check_args(key: str, name: str, target: Any, args: Mapping[str, Any], *given
     except TypeError as error:
         accepted = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         raise UserError(f"{key}.args: {name}: {error}; it accepts {', '.join(accepted)}") from None
+    for argument, value in args.items():
+        if argument in signature.parameters and (belongs := _other(signature.parameters[argument], value)):
+            raise UserError(f"{key}.args.{argument}: {value!r} is not {belongs}")
+
+
+def _other(parameter: inspect.Parameter, value: Any) -> str | None:
+    """What belongs there, by the parameter's default, if it is certain that `value` does not."""
+    default, is_text = parameter.default, isinstance(value, str) and not Duration.is_one(value)
+    if isinstance(default, bool):
+        return "true or false" if is_text else None
+    if isinstance(default, int | float):
+        return f"a number, such as {default}" if is_text else None
+    if isinstance(default, tuple) and default and all(isinstance(each, int | float) for each in default):
+        fixed = get_origin(parameter.annotation) is tuple
+        right = isinstance(value, list | tuple) and not any(isinstance(each, str) for each in value)
+        if not right or (fixed and len(value) != len(default)):
+            return f"a list of {f'{len(default)} ' if fixed else ''}numbers, such as {list(default)}"
+    return None
 
 
 def build(key: str, named: Named, builtin: Mapping[str, Any], *, kind: str) -> Any:

@@ -1,7 +1,10 @@
 """The one exception for what the user can mend: printed as one line, exit status 2, no traceback."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 
 class UserError(Exception):
@@ -21,10 +24,29 @@ EXIT_STATUS = {"done": 0, "stopped": 3, "mistake": 2, "fault": 1, "interrupted":
 of the program or the machine. Interrupted: by a second signal, at once."""
 
 
+@dataclass(frozen=True)
+class Form:
+    """Of the value at a key, as in Annotated[str, Form(...)]: what it has to be, with an example, and whether it is."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+Positive = Annotated[int, Form("a whole number, 1 or more", lambda value: value >= 1)]
+NotNegative = Annotated[int, Form("a whole number, 0 or more", lambda value: value >= 0)]
+Seconds = Annotated[float, Form("a number of seconds above 0", lambda value: value > 0)]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest known word, or an empty string."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    plain = {_plain(each): each for each in known}
+    found = [plain[each] for each in difflib.get_close_matches(_plain(word), list(plain), n=1, cutoff=0.6)]
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _plain(word: str) -> str:
+    """adamW and AdamW are adamw, CrossEntropy is cross_entropy."""
+    return word.lower().replace("-", "").replace("_", "")
 
 
 def some(names: Iterable[object], limit: int = 3) -> str:
@@ -43,6 +65,11 @@ def readable_size(num_bytes: float) -> str:
     """Such as 849 MB."""
     scale, unit = next((each for each in ((1e9, "GB"), (1e6, "MB")) if num_bytes >= each[0]), (1e3, "kB"))
     return f"{num_bytes / scale:.3g} {unit}"
+
+
+def first_sentence(text: str) -> str:
+    """Without its full stop."""
+    return re.split(r"(?<=[^.]{3})\. (?=[A-Z])|\.$", text, maxsplit=1)[0]
 
 
 def first_line(error: Exception) -> str:

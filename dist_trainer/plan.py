@@ -8,12 +8,15 @@ exist only so that collectives inside a forward match.
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
-from dist_trainer.errors import UserError
+from dist_trainer.errors import Form, UserError
 
 Tail = Literal["mask", "carry", "drop"]
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ep|step|sample|%)s?\s*")
+_A_DURATION = "a duration, such as 90ep, 500step, 128000sample or 5%"
+DurationText = Annotated[str, Form(_A_DURATION, lambda text: _DURATION.fullmatch(text) is not None)]
+"""The type of a key whose text `Duration.parse` takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class Duration:
         """Raises UserError naming the key `name` for anything but a number with a unit."""
         match = _DURATION.fullmatch(str(text))
         if not match:
-            raise UserError(f"{name}: {text!r} is not a duration; write for instance 90ep, 500step, 128000sample or 5%")
+            raise UserError(f"{name}: {text!r} is not {_A_DURATION}")
         return cls(float(match[1]), match[2])
 
     @staticmethod

@@ -10,8 +10,8 @@ import pytest
 from running import ENVIRONMENT, ROOT
 
 from dist_trainer.commands.main import COMMANDS, dispatch
-from dist_trainer.config.keys import keys_of
 from dist_trainer.config.tree import TrainConfig
+from dist_trainer.config.values import keys_of
 
 SCRIPTS = {
     # name: sides that must be named as having run

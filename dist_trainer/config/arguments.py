@@ -4,15 +4,17 @@ import ast
 import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from dist_trainer.config.keys import check_keys
 from dist_trainer.config.preprocess import resolve_preprocess
+from dist_trainer.config.suggestions import suggestion
 from dist_trainer.config.tree import TrainConfig
+from dist_trainer.config.values import Typed, check_values, keys_of, words
+from dist_trainer.config.yaml_text import load
 from dist_trainer.errors import UserError, nearest
 from dist_trainer.run_folder.fetch import Part, local_run
 from dist_trainer.storage.storage import is_remote
@@ -37,61 +39,69 @@ def parse(parser: Parser, argv: list[str]) -> Namespace:
     try:
         return parser.parse_args(argv)
     except ArgumentError as error:
-        raise UserError(_one_line(str(error), [action.dest for action in parser._actions])) from None
+        raise UserError(_one_line(str(error), parser)) from None
 
 
-def _one_line(text: str, known: list[str]) -> str:
-    """jsonargparse's message as one line that names key, value and what is allowed."""
-    line = " ".join(text.split())
+def _one_line(text: str, parser: Parser) -> str:
+    """jsonargparse's message as one line that names the option, the value and what is allowed."""
+    line, options = " ".join(text.split()), {action.dest: action for action in parser._actions}
     if match := re.search(r"[Uu]nrecognized arguments: --([^\s=]+)", line):
-        return f"--{match[1]}: no such key{nearest(match[1], known)}"
+        return f"--{match[1]}: no such option{nearest(match[1], options)}"
+    if match := re.search(r"[Uu]nrecognized arguments: (\S+)", line):
+        return f"{match[1]}: not understood; after CONFIG.yaml, keys are written --key.sub value"
     if match := re.search(r"arguments are required: ([^\s,]+)", line):
-        return f"{match[1]}: is required"
-    if match := re.fullmatch(r'Parser key "([^"]+)":\s*(.*)', line):
-        key, reason = match[1], match[2]
-        reason = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", reason).replace("typing.", "")
-        if key == "config":
-            return reason
-        return f"{key}: {reason}"
+        return f"{match[1]}: is required: in CONFIG.yaml, or --{match[1]} {match[1].rpartition('.')[2].upper()}"
+    if match := re.search(r"argument (--\S+): expected one argument", line):
+        return f"{match[1]}: its value is missing"
+    if match := re.fullmatch(r'Parser key "([^"]+)": .*(?:Got|Given) value: (.*)', line):
+        allowed = words(getattr(options[match[1]], "_typehint", str))
+        return f"--{match[1]}: {match[2]!r} is not {allowed}; {options[match[1]].help}"
     return line
 
 
 def _check_keys(argv: list[str], options: set[str]) -> None:
-    """Every key of every --config file and of every --key.sub argument exists."""
-    words = iter(argv)
-    for word in words:
+    """Every key of every --config file and of every --key.sub argument exists, and its value has the key's type."""
+    for name, value in _pairs(argv):
+        if name == "config":
+            _check_file(value or "")
+        elif name.partition(".")[0] not in options:
+            _check_argument(name.removesuffix("+"), value, more=name.endswith("+"))
+
+
+def _pairs(argv: list[str]) -> Iterator[tuple[str, str | None]]:
+    """(name, value) of each option; None where no value follows."""
+    following = iter(argv)
+    for word in following:
         if word == "--":
             return
-        if not word.startswith("--"):
-            continue
-        name, _, value = word[2:].partition("=")
-        if name == "config":
-            _check_file(value or next(words, ""))
-        elif name.partition(".")[0] not in options:
-            _check_argument(name.removesuffix("+"), value or next(words, ""))
+        if word.startswith("--"):
+            name, sign, value = word[2:].partition("=")
+            yield name, value if sign else next(following, None)
 
 
-def _check_argument(name: str, text: str) -> None:
-    try:
-        nested: Any = yaml.safe_load(text)
-    except yaml.YAMLError:
-        nested = text
+def _check_argument(name: str, text: str | None, more: bool) -> None:
+    """`more`: an item of a list, which --key+ adds."""
+    nested: Any = Typed(text or "")
     for part in reversed(name.split(".")):
         nested = {part: nested}
-    check_keys(nested)
+    check_values(nested, only_keys=more or text is None)
+    if text is None:
+        raise UserError(f"--{name}: its value is missing")
 
 
 def _check_file(file: str) -> None:
     try:
-        values = yaml.safe_load(Path(file).read_text())
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: not a config: it holds {type(values).__name__} where keys belong")
+        text = Path(file).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: {getattr(error, 'strerror', None) or f'not text: {error}'}") from None
     try:
-        check_keys(values)
+        values = load(text)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: not a config: keys belong there, such as data: {{train: FOLDER, val: FOLDER}}")
+    try:
+        check_values(values)
     except UserError as error:
         raise UserError(f"{error} (in {file})") from None
 
@@ -134,14 +144,24 @@ def stem(values: Namespace) -> str:
     return Path(str(values.config[0])).stem if values.get("config") else "run"
 
 
-def _with_null(argv: list[str]) -> list[str]:
-    """Python's None is YAML's null, in nested values too: `wandb agent` writes what it found as Python does."""
-    words, before = [], ""
+def _as_yaml(argv: list[str]) -> list[str]:
+    """Python's None is YAML's null, in nested values too: `wandb agent` writes what it found as Python does. A negative
+    number is no option: argparse takes -1e-4 for one.
+    """
+    given: list[str] = []
     for word in argv:
+        follows = bool(given) and given[-1].startswith("--") and "=" not in given[-1]
         name, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        words.append(f"{name}{sign}{_null(value)}" if sign or before.startswith("--") else word)
-        before = "" if sign else word
-    return words
+        if follows and word.startswith("-") and isinstance(_number(word), int | float):
+            given[-1] += f"={word}"
+        else:
+            given.append(f"{name}{sign}{_null(value)}" if sign or follows else word)
+    return given
+
+
+def _number(word: str) -> Any:
+    with contextlib.suppress(UserError):
+        return load(word)
 
 
 def _null(value: str) -> str:
@@ -155,9 +175,13 @@ def _null(value: str) -> str:
 
 def parse_config(parser: Parser, argv: list[str]) -> tuple[TrainConfig, Namespace]:
     """(the config, all values). Raises UserError for keys and values that cannot be."""
-    argv = _with_null(_with_config(argv))
+    argv = _as_yaml(_with_config(argv))
     _check_keys(argv, {action.dest for action in parser._actions} - set(TrainConfig.__dataclass_fields__))
     values = parse(parser, argv)
     built = parser.instantiate_classes(values)
-    names = TrainConfig.__dataclass_fields__
-    return resolve_preprocess(TrainConfig(**{name: built[name] for name in names})), values
+    config = TrainConfig(**{name: built[name] for name in TrainConfig.__dataclass_fields__})
+    for name in config.run.allow_change:
+        if name not in (known := list(keys_of(TrainConfig))):
+            raise UserError(f"run.allow_change: {name}: no such key{suggestion(name, known)}")
+    config.data.check()
+    return resolve_preprocess(config), values

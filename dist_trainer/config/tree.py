@@ -10,7 +10,7 @@ from dist_trainer.engine.evaluate import EvalConfig
 from dist_trainer.log.tracker import LogConfig
 from dist_trainer.log.wandb_run import WandbConfig
 from dist_trainer.models import ModelConfig
-from dist_trainer.plan import BatchConfig
+from dist_trainer.plan import BatchConfig, DurationText
 from dist_trainer.run_folder.checkpoint import CheckpointConfig
 from dist_trainer.run_folder.folder import RunConfig
 from dist_trainer.tricks.averaging import AveragingConfig
@@ -32,7 +32,7 @@ class TrainConfig:
     mixing: MixingConfig = field(default_factory=MixingConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
-    duration: str = "90ep"
+    duration: DurationText = "90ep"
     """How long to train: 90ep, 450000step or 115200000sample."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr: LearningRateConfig = field(default_factory=LearningRateConfig)

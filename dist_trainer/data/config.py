@@ -1,13 +1,17 @@
 """The config of data/."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from dist_trainer.errors import UserError
+from dist_trainer.data.stages import Stages
+from dist_trainer.errors import Form, NotNegative, Positive, UserError
 from dist_trainer.plan import Tail
 from dist_trainer.storage.cache import CacheConfig
 from dist_trainer.storage.retry import RetryConfig
 from dist_trainer.storage.secret import refuse_secrets
+
+PixelMean = Annotated[float, Form("a number from 0 to 1", lambda value: 0 <= value <= 1)]
+PixelStd = Annotated[float, Form("a number above 0, such as 0.229", lambda value: value > 0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +25,7 @@ class DataConfig:
     source: Literal["index", "stream"] = "index"
     """index: every sample exactly once, in one order on any world. stream: training tars (image and .cls) are read from
     end to end by webdataset; then none of this is guaranteed, and data.num_samples must give their number."""
-    num_samples: int | None = None
+    num_samples: Positive | None = None
     """Training samples, where source is stream."""
     workers: int | Literal["auto"] = "auto"
     """Loader processes per rank. auto: the cores that this job may use, less one per rank."""
@@ -38,11 +42,11 @@ class DataConfig:
     """How open keys are filled. model: mean, std, eval.resize, eval.crop, augment.crop and their interpolation as the
     weights need them that timm or torchvision publish for model.name. imagenet: ImageNet's mean and std, no resizing.
     auto: model where model.pretrained is true or a tag, else imagenet."""
-    mean: list[float] = field(default_factory=list)
+    mean: list[PixelMean] = field(default_factory=list)
     """Per channel, of pixels in [0, 1]; empty: as data.preprocess says."""
-    std: list[float] = field(default_factory=list)
+    std: list[PixelStd] = field(default_factory=list)
     """Per channel, of pixels in [0, 1]; empty: as data.preprocess says."""
-    max_bad: int | Literal["auto"] = "auto"
+    max_bad: NotNegative | Literal["auto"] = "auto"
     """Stop when more different samples than this were bad. auto: one in 10,000, at least 10."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     retry: RetryConfig = field(default_factory=RetryConfig)
@@ -56,13 +60,12 @@ class DataConfig:
             values = getattr(self, name)
             if values and len(values) != self.channels:
                 raise UserError(f"data.{name}: {values} has {len(values)} values for data.channels: {self.channels}")
-        if self.max_bad != "auto" and self.max_bad < 0:
-            raise UserError(f"data.max_bad: {self.max_bad} is negative; 0 stops at the first bad sample")
         if self.source == "stream" and not self.num_samples:
             raise UserError("data.num_samples: is required with data.source: stream, which has no index to count them")
         if self.source == "stream" and (self.stages or self.order != "auto"):
             key = "data.stages" if self.stages else "data.order"
             raise UserError(f"{key}: has no effect with data.source: stream; leave it out, or index the tars")
+        Stages(self.stages)
         self.cache.check("data.cache")
         self.retry.check("data.retry")
         refuse_secrets("data.storage_options", self.storage_options)

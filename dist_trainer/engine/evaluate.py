@@ -17,8 +17,9 @@ from dist_trainer.distributed.collectives import gather_json
 from dist_trainer.distributed.exact_sums import words
 from dist_trainer.distributed.world import World
 from dist_trainer.engine.inference import Inference
-from dist_trainer.errors import UserError, plural
+from dist_trainer.errors import NotNegative, UserError, plural
 from dist_trainer.log.console import Terminal
+from dist_trainer.plan import DurationText
 from dist_trainer.tensors import State
 
 
@@ -26,7 +27,7 @@ from dist_trainer.tensors import State
 class EvalConfig:
     """How the validation set is scored."""
 
-    every: str | None = "1ep"
+    every: DurationText | None = "1ep"
     """How often to validate; null: only at the end."""
     batch: int = 256
     """Samples per forward and rank."""
@@ -36,7 +37,7 @@ class EvalConfig:
     """Then crop a square of this many pixels from the centre; null: as data.preprocess says."""
     interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
     """How they are resized, antialiased; auto: bilinear, or as data.preprocess says."""
-    train_samples: int = 5000
+    train_samples: NotNegative = 5000
     """Number of training samples that are scored too, always the same ones, with the evaluation's transform. The gap
     between training and validation shows overfitting and underfitting. 0: none."""
     bad: Literal["count_wrong", "fail"] = "count_wrong"

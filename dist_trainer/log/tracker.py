@@ -16,6 +16,7 @@ from dist_trainer.log.follower import Follower
 from dist_trainer.log.metrics_file import Metrics, MetricsFile
 from dist_trainer.log.names import SCORES
 from dist_trainer.log.wandb_run import WandbConfig, mode_of, run_id
+from dist_trainer.plan import DurationText
 
 STOP_PATIENCE_S = 10.0
 """A stopped run waits no longer for W&B: torchrun kills its ranks after 30 s."""
@@ -25,7 +26,7 @@ STOP_PATIENCE_S = 10.0
 class LogConfig:
     """Training metrics."""
 
-    every: str = "50step"
+    every: DurationText = "50step"
     """How often a line of training metrics is written."""
     tensorboard: bool = False
     """Write TensorBoard's files too, in the run folder's tensorboard/."""

@@ -44,7 +44,8 @@ class Intervals:
                 return None
             duration = Duration.parse(text, f"{name}.every")
             if not duration.amount:
-                raise UserError(f"{name}.every: {text}: write null for never but at the end")
+                instead = "1step" if name == "log" else "null for never but at the end"
+                raise UserError(f"{name}.every: {text} is no interval; write {instead}")
             return duration
 
         return cls(

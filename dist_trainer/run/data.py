@@ -68,7 +68,6 @@ def open_data(config: TrainConfig, world: World, terminal: Terminal) -> RunData:
 def _find_indices(config: TrainConfig) -> dict[str, Any]:
     """{"indices": {"train": (path, fingerprint), "val": ...}, "notes": lines for the user}; on one rank."""
     data = config.data
-    data.check()
     fallback = config.run.root / ".index"
     names = ("train", "val") if data.source == "index" else ("val",)
     found = {

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from dist_trainer.errors import UserError, nearest
+from dist_trainer.plan import DurationText
 from dist_trainer.run_folder.retention import Retention
 from dist_trainer.run_folder.tensor_files import digest, read_tensors, save_tensors
 from dist_trainer.storage.atomic import replace_text, sync
@@ -28,7 +29,7 @@ MANIFEST = "MANIFEST.json"
 class CheckpointConfig:
     """What is saved to resume from."""
 
-    every: str | None = "1ep"
+    every: DurationText | None = "1ep"
     """How often to save; null: only at the end and when stopped."""
     background: bool = True
     """Training stands still for the copy to host memory alone; false: until the checkpoint is on the disk."""

@@ -7,12 +7,12 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from dist_trainer.distributed.processes import ATTEMPT
-from dist_trainer.errors import UserError
+from dist_trainer.errors import Form, NotNegative, Seconds, UserError
 from dist_trainer.run_folder import checkpoint, lineage
 from dist_trainer.run_folder.background import BackgroundWriter
 from dist_trainer.run_folder.checkpoint import CheckpointConfig
@@ -24,11 +24,16 @@ from dist_trainer.run_folder.uploader import Uploader
 from dist_trainer.run_folder.what_follows import read_state
 from dist_trainer.storage.atomic import replace_text
 from dist_trainer.storage.secret import refuse_secret_url
-from dist_trainer.storage.storage import is_remote
+from dist_trainer.storage.storage import check_protocol, is_remote
 
 State = Literal["running", "done", "stopped", "failed", "mistake", "fault", "interrupted"]
 """Of a run. Only a SIGKILL or a loss of power leaves "running" behind; the others are ends (errors.EXIT_STATUS).
 failed: its checkpoints could not be written."""
+
+
+FolderName = Annotated[
+    str, Form("a folder's name, such as r50_a, without /", lambda text: "/" not in text and text not in ("", ".", ".."))
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +45,12 @@ class RunConfig:
     mirror: str | None = None
     """A second copy of each run folder is kept here, at any URL that fsspec knows (s3://bucket/runs) or path; a run
     whose folder is missing goes on from it, on any host."""
-    name: str = "auto"
+    name: FolderName = "auto"
     """auto: the config's stem and 8 hex digits of what changes the result, so that starting again resumes."""
-    timeout: float = 600.0
+    timeout: Seconds = 600.0
     """Seconds without progress after which a rank writes the stacks of its threads to stacks/ and ends; ranks that wait
     for another one end a minute later."""
-    seed: int = 0
+    seed: NotNegative = 0
     """Of initial weights, order, augmentation and dropout."""
     deterministic: bool = False
     """The same bits each time on the same devices, with slower kernels; an operation without one ends the run, by name.
@@ -72,9 +77,10 @@ class RunConfig:
         """Raises UserError for places that exclude each other, or hold a secret."""
         if is_remote(self.dir) and self.mirror:
             raise UserError(f"run.mirror: {self.mirror}: run.dir is a URL, and is the mirror itself; leave one out")
-        for place in filter(None, (self.dir, self.mirror)):
-            if is_remote(place):
+        for key, place in (("run.dir", self.dir), ("run.mirror", self.mirror)):
+            if place is not None and is_remote(place):
                 refuse_secret_url(place)
+                check_protocol(key, place)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from dist_trainer.errors import Outage, UserError
+from dist_trainer.errors import Outage, Seconds, UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -40,9 +40,9 @@ _MISTAKES = (UserError, ImportError, TypeError, AttributeError, NotImplementedEr
 class RetryConfig:
     """How long failed requests to storage are repeated."""
 
-    timeout: float = 30.0
+    timeout: Seconds = 30.0
     """Seconds for one attempt; then the next one begins."""
-    deadline: float = 300.0
+    deadline: Seconds = 300.0
     """Seconds for one read with all its attempts; below run.timeout, after which a rank that waits counts as hung."""
 
     def check(self, key: str) -> None:

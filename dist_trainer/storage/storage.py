@@ -20,12 +20,12 @@ from typing import Any, BinaryIO, TypeVar, cast
 import fsspec
 from fsspec.asyn import sync
 
-from dist_trainer.errors import UserError
+from dist_trainer.errors import UserError, nearest
 from dist_trainer.storage.atomic import replacing
 from dist_trainer.storage.retry import RetryConfig, ShortRead, in_background, lasting_local, lasting_remote, retrying
 from dist_trainer.storage.secret import refuse_secret_url, resolved
 
-__all__ = ["RetryConfig", "ShortRead", "Stat", "Storage", "is_remote"]
+__all__ = ["RetryConfig", "ShortRead", "Stat", "Storage", "check_protocol", "is_remote"]
 
 T = TypeVar("T")
 
@@ -47,6 +47,16 @@ class Stat:
 def is_remote(location: str) -> bool:
     """Whether `location` is a URL of some storage rather than a local path."""
     return "://" in location or location.startswith("pipe:")  # which is then refused
+
+
+def check_protocol(key: str, location: str) -> None:
+    """Raises UserError, naming the config key `key`, for a URL of no storage that fsspec knows."""
+    protocol = location.split("://", 1)[0].rsplit("::", maxsplit=1)[-1]
+    if protocol not in fsspec.available_protocols():
+        hint = nearest(protocol, fsspec.available_protocols())
+        raise UserError(
+            f"{key}: {location}: {protocol}:// is no storage that fsspec knows, such as s3:// or gs://{hint}"
+        )
 
 
 class Storage:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from dist_trainer.errors import UserError
+from dist_trainer.plan import DurationText
 from dist_trainer.tensors import State
 
 
@@ -25,7 +26,7 @@ class EmaConfig:
     S))."""
     beta: float = 15.0
     """Of the exponential ramp: at 15, 99% of the decay is reached after 31% of the run."""
-    start: str = "0step"
+    start: DurationText = "0step"
     """When the average begins, as a copy of the weights."""
     every: int = 1
     """Update the average at every n-th update, with the decay to the power n."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from dist_trainer.by_name import Named, check_args, resolve
 from dist_trainer.errors import UserError
-from dist_trainer.plan import Duration, Plan
+from dist_trainer.plan import Duration, DurationText, Plan
 from dist_trainer.tricks.schedules import SCHEDULES
 
 _DURATIONS = ("milestones", "every")
@@ -19,7 +19,7 @@ _FROM_START = ("piecewise", "exponential")
 class WarmupConfig:
     """Warm-up to the peak rate."""
 
-    duration: str = "0ep"
+    duration: DurationText = "0ep"
     """Linear warm-up of this length, one increment per step."""
     start: Literal["0", "base"] = "0"
     """From zero, or from the unscaled base rate (Goyal et al. 2017, section 2.2)."""

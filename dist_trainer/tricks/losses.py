@@ -81,7 +81,7 @@ def build_loss(config: LossConfig) -> Loss:
         if "label_smoothing" in config.args:
             raise UserError("loss.args.label_smoothing: is set by loss.label_smoothing; remove it")
         config = replace(config, args={**config.args, "label_smoothing": config.label_smoothing})
-    elif config.label_smoothing:
+    elif config.label_smoothing and ":" in config.name:
         raise UserError(f"loss.label_smoothing: belongs to {' and '.join(LOSSES)}; {config.name} takes loss.args")
     loss: Loss = build("loss", config, LOSSES, kind="loss")
     return loss

@@ -13,7 +13,7 @@ import torch
 
 from dist_trainer.draws import MIX, key
 from dist_trainer.errors import UserError
-from dist_trainer.plan import Duration, Plan
+from dist_trainer.plan import Duration, DurationText, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class MixingConfig:
     """Probability of CutMix instead of Mixup, where both are on."""
     probability: float = 1.0
     """Probability that a micro-batch is mixed."""
-    off_last: str = "0ep"
+    off_last: DurationText = "0ep"
     """Do not mix in the last part of the run, of this length."""
 
 

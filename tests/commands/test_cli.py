@@ -93,11 +93,11 @@ def test_abbreviated_keys_are_not_accepted(config: Path, argument: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("batch.global_batch", "many", "int"),
-        ("optimizer.weight_decay", "abc", "float"),
-        ("engine.precision", "fp8", "'bf16', 'fp32'"),
-        ("data.order", "random", "'auto', 'window', 'full', 'balanced', 'none'"),
-        ("data.workers", "few", "'auto'"),
+        ("batch.global_batch", "many", "a whole number, such as 256"),
+        ("optimizer.weight_decay", "abc", "a number, such as 0.0"),
+        ("engine.precision", "fp8", "one of bf16, fp32"),
+        ("data.order", "random", "one of auto, window, full, balanced, none"),
+        ("data.workers", "few", "a whole number or auto"),
         ("batch", "7", "global_batch"),
     ],
 )

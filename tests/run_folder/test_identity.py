@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from dist_trainer.by_name import Named
-from dist_trainer.config.keys import keys_of
 from dist_trainer.config.preprocess import resolve_preprocess
 from dist_trainer.config.tree import TrainConfig
+from dist_trainer.config.values import keys_of
 from dist_trainer.data.augment import AugmentConfig
 from dist_trainer.data.augment.crop import CropConfig
 from dist_trainer.data.config import DataConfig

@@ -150,9 +150,10 @@ class Slurm:
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 line = (folder / "cmdline").read_text()  # slurmstepd: [JOB.batch]
-                if line.startswith(f"slurmstepd: [{job}{'.' if job else ''}") and self._folder == (
-                    folder / "cwd"
-                ).readlink():
+                if (
+                    line.startswith(f"slurmstepd: [{job}{'.' if job else ''}")
+                    and self._folder == (folder / "cwd").readlink()
+                ):
                     found.append(int(folder.name))
         return found
 

@@ -226,7 +226,7 @@ def test_schedules_that_cannot_be_are_refused_by_key() -> None:
         assert f"end {end} is not in [0, 1]" in said("cosine", end=end)
         assert f"end {end} is not in [0, 1]" in said("polynomial", end=end)
     assert "power 0 is not positive" in said("polynomial", power=0)
-    assert said("cosine", end="low").startswith("lr.schedule.args: cosine: ")
+    assert said("cosine", end="low").startswith("lr.schedule.args.end: 'low' is not a number")
 
 
 def test_a_schedule_of_the_users_gets_durations_as_steps_and_must_give_rates(

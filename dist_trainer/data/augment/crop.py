@@ -9,7 +9,7 @@ import torch
 
 from dist_trainer.draws import CROP, UInt64, uniform
 from dist_trainer.errors import UserError
-from dist_trainer.plan import Duration, Plan
+from dist_trainer.plan import Duration, DurationText, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class CropConfig:
     start_size: int | None = None
     """Progressive resizing: pixels of each side at first, which grow to `size`; null: `size` throughout. A compiled
     network is compiled once for each size on the way."""
-    grow: tuple[str, str] = ("35%", "85%")
+    grow: tuple[DurationText, DurationText] = ("35%", "85%")
     """When the size begins to grow and when it is reached, such as [5ep, 13ep]. It changes between epochs."""
     multiple_of: int = 32
     """Intermediate sizes are rounded to a multiple of this, to fit a network's strides."""

@@ -28,6 +28,16 @@ def _policies() -> dict[str, Callable[..., Any]]:
     return {"autoaugment": autoaugment, "randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
 
 
+def _check_magnitudes(built: Any, policy: Named) -> None:
+    """torchvision would say so at the first image that draws such an operation."""
+    bins = getattr(built, "num_magnitude_bins", None)
+    if bins is not None and bins < 1:
+        raise UserError(f"augment.policy.args.num_magnitude_bins: {bins} is not 1 or more; {policy.name} has 31")
+    magnitude = getattr(built, "magnitude", None)
+    if bins is not None and magnitude is not None and not 0 <= magnitude < bins:
+        raise UserError(f"augment.policy.args.magnitude: {magnitude} is not in 0 to {bins - 1}; 9 is usual")
+
+
 class OnPil:
     """uint8 [C, H, W] through torchvision transforms as a PIL image. They draw from torch's default generator."""
 
@@ -42,9 +52,9 @@ class OnPil:
             self._steps.append(v2.ColorJitter(jitter, jitter, jitter))
         if policy.name != OFF:
             args = {"fill": list(fill), **policy.args}
-            self._steps.append(
-                build("augment.policy", Named(name=policy.name, args=args), {**_policies(), OFF: None}, kind="policy")
-            )
+            built = build("augment.policy", Named(name=policy.name, args=args), _policies(), kind="policy")
+            _check_magnitudes(built, policy)
+            self._steps.append(built)
 
     def __bool__(self) -> bool:
         return bool(self._steps)
