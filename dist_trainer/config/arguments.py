@@ -49,8 +49,9 @@ def _one_line(text: str, parser: Parser) -> str:
         return f"--{match[1]}: no such option{nearest(match[1], options)}"
     if match := re.search(r"[Uu]nrecognized arguments: (\S+)", line):
         return f"{match[1]}: not understood; after CONFIG.yaml, keys are written --key.sub value"
-    if match := re.search(r"arguments are required: ([^\s,]+)", line):
-        return f"{match[1]}: is required: in CONFIG.yaml, or --{match[1]} {match[1].rpartition('.')[2].upper()}"
+    if match := re.search(r'(?:Parser key "([^"]+)": .*)?arguments are required: ([^\s,]+)', line):
+        key = ".".join(filter(None, match.groups()))
+        return f"{key}: is required: in CONFIG.yaml, or --{key} {match[2].rpartition('.')[2].upper()}"
     if match := re.search(r"argument (--\S+): expected one argument", line):
         return f"{match[1]}: its value is missing"
     if match := re.fullmatch(r'Parser key "([^"]+)": .*(?:Got|Given) value: (.*)', line):

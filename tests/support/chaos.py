@@ -161,7 +161,12 @@ class Chaos:
             (ours, *_), (theirs, *_) = (checkpoint.complete(each / kind) for each in (run, other))
             a, b = (checkpoint.load_tensors(each, "model") for each in (ours, theirs))
             assert ours.name == theirs.name and all(torch.equal(a[key], b[key]) for key in a), f"{said}: {kind}"
-        assert self.scores(run) == self.scores(other), said
+        ours_of, theirs_of = self.scores(run), self.scores(other)
+        differing = (
+            [each for each in ours_of if each not in theirs_of],
+            [each for each in theirs_of if each not in ours_of],
+        )
+        assert ours_of == theirs_of, f"{said}: {len(ours_of)} lines and {len(theirs_of)}: {differing}"
         summaries = [json.loads((each / "summary.json").read_text()) for each in (run, other)]
         for key in ("final", "best", "steps", "skipped", "weights_sha256"):
             assert summaries[0][key] == summaries[1][key], f"{said}: {key}"
