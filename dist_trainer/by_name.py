@@ -57,6 +57,10 @@ def check_args(key: str, name: str, target: Any, args: Mapping[str, Any], *given
         signature.bind(*given, **more, **args)
     except TypeError as error:
         accepted = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        accepted = [each for each in accepted[len(given) :] if each not in more]
+        for unknown in args.keys() - set(accepted):
+            there = f"{nearest(unknown, accepted)}; it accepts {', '.join(accepted)}"
+            raise UserError(f"{key}.args.{unknown}: {name} takes no {unknown}{there}") from None
         raise UserError(f"{key}.args: {name}: {error}; it accepts {', '.join(accepted)}") from None
     for argument, value in args.items():
         if argument in signature.parameters and (belongs := _other(signature.parameters[argument], value)):

@@ -114,12 +114,18 @@ def check_value(cls: type, name: str, key: str, value: Any) -> None:
         return
     typed, value = value, value.value if isinstance(value, Typed) else value
     on_command_line = isinstance(typed, Typed)
-    shown = str(typed) if on_command_line and not isinstance(value, str) else "null" if value is None else repr(value)
+    shown = str(typed) if on_command_line and not isinstance(value, str) else _as_written(value)
     (field,) = (each for each in fields(cls) if each.name == name)
     instead = _instead(hint, key, value, on_command_line) or _example(field, hint)
     line = f"{key}: {shown} is not {words(hint)}{instead}"
     explained = first_sentence(helps(cls).get(name, ""))
     raise UserError(f"{line}{'' if line.endswith('?') else '.'} {explained}" if explained else line)
+
+
+def _as_written(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return repr(value)
 
 
 def _instead(hint: Any, key: str, value: Any, on_command_line: bool) -> str:

@@ -77,7 +77,7 @@ def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
         model = builder(**args)
     except Exception as error:
         for arg, rate in rates.items():
-            if f"argument '{arg}'" in str(error):
+            if f"argument '{arg}'" in str(error) or f"takes no {arg}" in str(error):
                 raise UserError(f"model.{rate}: {config.name} takes no {arg}; remove it, or choose another") from None
         if isinstance(error, UserError) or not (library or isinstance(error, TypeError | ValueError)):
             raise  # reported already; or a fault in the user's own code, whose traceback tells more

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from dist_trainer.by_name import Named, check_args, resolve
-from dist_trainer.errors import UserError
+from dist_trainer.errors import Form, UserError
 from dist_trainer.plan import Duration, DurationText, Plan
 from dist_trainer.tricks.schedules import SCHEDULES
 
+Rate = Annotated[float, Form("a rate above 0, such as 0.1", lambda value: value > 0)]
 _DURATIONS = ("milestones", "every")
 """Durations in the built-in schedules: a bare 30 is refused, since it could mean steps or epochs."""
 _FROM_START = ("piecewise", "exponential")
@@ -29,9 +30,9 @@ class WarmupConfig:
 class LearningRateConfig:
     """The learning rate at every step."""
 
-    base: float | None = None
+    base: Rate | None = None
     """Rate per 256 samples of global batch, scaled by `scale`. `base` or `peak`, exactly one."""
-    peak: float | None = None
+    peak: Rate | None = None
     """The rate after warm-up, as it is."""
     scale: Literal["linear", "sqrt", "none"] = "linear"
     """How `base` grows with global_batch / 256 (linear: Goyal et al. 2017, section 2.1)."""

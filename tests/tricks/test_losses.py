@@ -178,7 +178,7 @@ def test_losses_that_cannot_be_are_refused_by_key() -> None:
         assert refused(label_smoothing=bad).startswith(f"loss.label_smoothing: {bad}")
     assert refused(name="torch.nn:BCELoss", label_smoothing=0.1).startswith("loss.label_smoothing: ")
     assert "did you mean 'cross_entropy'?" in refused(name="cross_entropi")
-    assert refused(args={"weigth": [1.0]}).startswith("loss.args: cross_entropy: ")
+    assert refused(args={"weigth": [1.0]}).startswith("loss.args.weigth: cross_entropy takes no ")
     assert "it accepts label_smoothing, target_threshold, sum_classes" in refused(name="bce", args={"threshold": 0.2})
     assert refused(args={"label_smoothing": 0.1}).startswith("loss.args.label_smoothing: ")
     for bad in (-0.1, 1.0, "0.2"):

@@ -379,10 +379,13 @@ def test_engines_that_cannot_be_are_refused() -> None:
         ({"name": "sdg"}, ["optimizer.name: 'sdg'", "did you mean 'sgd'?"]),
         ({"name": "torch.optim:AdamX", "args": {}}, ["optimizer.name: 'torch.optim:AdamX'", "did you mean 'Adam"]),
         ({"name": "no_such:Thing"}, ["optimizer.name: 'no_such:Thing'", "cannot import 'no_such'"]),
-        ({"args": {"momentun": 0.9}}, ["optimizer.args: sgd: ", "'momentun'", "it accepts", "momentum"]),
+        (
+            {"args": {"momentun": 0.9}},
+            ["optimizer.args.momentun: sgd takes no", "did you mean 'momentum'?"],
+        ),
         (
             {"name": "torch.optim:AdamW", "args": {"momentum": 0.9}},
-            ["optimizer.args: torch.optim:AdamW: ", "'momentum'"],
+            ["optimizer.args.momentum: torch.optim:AdamW takes no momentum"],
         ),
         ({"args": {"momentum": -1.0}}, ["optimizer: sgd: ", "momentum"]),
         ({"args": {"lr": 0.1}}, ["optimizer.args.lr: ", "lr.base"]),
