@@ -6,7 +6,7 @@ were scored, events.
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ Row = dict[str, Any]
 
 
 class MetricsFile:
-    """Appends lines. A resumed run first drops those after its checkpoint, so that no step appears twice; and scores of
-    that step unless all of them `are_whole`, since an evaluation that was cut short is made again."""
+    """Appends lines. A resumed run first drops those after its checkpoint, so that no step appears twice; and lines of
+    that step with a metric that is `made_again`, such as those of an evaluation that was cut short."""
 
-    def __init__(self, path: Path, resume_step: int, *, are_whole: bool = True) -> None:
+    def __init__(self, path: Path, resume_step: int, *, made_again: Callable[[str], bool] = lambda name: False) -> None:
         self._path = path
         lines = list(read_rows(path))
         events = [line for line in lines if "run/event" in line]
@@ -31,8 +31,7 @@ class MetricsFile:
         self.roll_backs = max((line.get("run/roll_backs", 0) for line in events), default=0)
         """So far, also by lines that are dropped now."""
         kept = [line for line in lines if line["step"] <= resume_step]
-        if not are_whole:
-            kept = [line for line in kept if not (line["step"] == resume_step and _is_score(line))]
+        kept = [line for line in kept if line["step"] < resume_step or not any(map(made_again, line))]
         if path.exists():
             replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._size = path.stat().st_size if path.exists() else 0
@@ -63,10 +62,6 @@ def _write_all(file: FileIO, data: bytes) -> int:
     while view:
         view = view[file.write(view) :]
     return len(data)
-
-
-def _is_score(line: Row) -> bool:
-    return any(name.endswith("/top1") for name in line)
 
 
 def _parsed(text: str) -> Row | None:

@@ -59,6 +59,11 @@ METRICS = TRAINING | VALIDATION | SLICE | EVENTS | SPEED
 """Name -> meaning."""
 
 
+def is_of_average(name: str) -> bool:
+    """Whether it is a score of the average of snapshots."""
+    return name.partition("/")[0] in (SCORES["average"][0], SCORES["average_bn"][0])
+
+
 def is_evaluation(name: str) -> bool:
     """Whether it is a score of some weights, on validation or on training samples."""
     return name in VALIDATION or name in SLICE

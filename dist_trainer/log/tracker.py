@@ -14,7 +14,7 @@ from dist_trainer.log.console import Terminal
 from dist_trainer.log.follow import Task
 from dist_trainer.log.follower import Follower
 from dist_trainer.log.metrics_file import Metrics, MetricsFile
-from dist_trainer.log.names import SCORES
+from dist_trainer.log.names import SCORES, is_evaluation, is_of_average
 from dist_trainer.log.wandb_run import WandbConfig, mode_of, run_id
 from dist_trainer.plan import DurationText
 
@@ -76,7 +76,12 @@ class Tracker:
         if not self._world.is_main and (self._world.local_rank or wandb.system != "all" or mode != "online"):
             return
         if self._world.is_main:
-            self._file = MetricsFile(folder / "metrics.jsonl", step, are_whole=is_evaluated)
+            at_end = step == self._total_steps  # where the average is scored, after the last checkpoint
+
+            def made_again(name: str) -> bool:
+                return is_evaluation(name) and (not is_evaluated or (at_end and is_of_average(name)))
+
+            self._file = MetricsFile(folder / "metrics.jsonl", step, made_again=made_again)
             if mode != "disabled":
                 run_id(folder)
         task = Task(

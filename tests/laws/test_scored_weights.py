@@ -211,22 +211,24 @@ def test_a_greedy_average_is_no_worse_than_its_best_member(runs: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "nth"), [("ema", 3), ("re_estimate", 6), ("average", 1)])
+@pytest.mark.parametrize(
+    ("what", "nth", "every"), [("ema", 3, 3), ("re_estimate", 6, 3), ("average", 1, 3), ("re_estimate", 11, 4)]
+)
 def test_killed_while_scoring_and_resumed_is_the_run_that_was_not(
-    runs: Path, tmp_path: Path, what: str, nth: int
+    runs: Path, tmp_path: Path, what: str, nth: int, every: int
 ) -> None:
-    """SIGKILL to a rank inside an evaluation of EMA, PreciseBN, the final average.
+    """SIGKILL to a rank inside an evaluation of EMA, PreciseBN, the final average, between its two scores.
 
-    Fails when snapshots, best weights or statistics of a scoring that was cut off stay behind.
+    Fails when snapshots, best weights, statistics or lines of a scoring that was cut off stay behind.
     """
     config = json.loads((runs / "jobs-2.json").read_text())[0]["argv"]
-    argv = [*config, "--checkpoint.every=3step"]
+    argv = [*config, f"--checkpoint.every={every}step"]
     run_killed_jobs(2, [{"name": "killed", "argv": argv, "kill_in": [what, nth]}], tmp_path)
     run_jobs(2, [{"name": "killed", "argv": argv}], tmp_path)
     for file in ("model", "optim", "ema", "bn_model", "bn_ema"):
         ours, theirs = tensors(tmp_path / "killed", file), tensors(runs / "on", file)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    for name in ("train/loss", "val/top1", "val_ema_bn/loss", "val_avg_bn/loss"):
+    for name in ("train/loss", "val/top1", "val_ema_bn/loss", "val_avg/loss", "val_avg_bn/loss"):
         assert metrics(tmp_path / "killed", name) == metrics(runs / "on", name)
     assert {f.name: f.read_bytes() for f in (tmp_path / "killed" / "snapshots").glob("*.safetensors")} == {
         f.name: f.read_bytes() for f in (runs / "on" / "snapshots").glob("*.safetensors")
