@@ -136,19 +136,20 @@ class BackgroundWriter:
         until = self.until()
         return until is not None and time.monotonic() >= until
 
-    def _wait(self, kind: str | None) -> bool:
-        def is_busy() -> bool:
-            ahead = [*([self._running] if self._running else []), *self._waiting]
-            return any(kind in (None, each.kind) for each in ahead)
+    def is_busy(self, kind: str | None = None) -> bool:
+        """Whether something (of one kind) is still to be written."""
+        ahead = [*([self._running] if self._running else []), *self._waiting]
+        return any(kind in (None, each.kind) for each in ahead)
 
+    def _wait(self, kind: str | None) -> bool:
         began = time.monotonic()
-        while is_busy() and not self._is_late():
+        while self.is_busy(kind) and not self._is_late():
             self._changed.wait(LOOK_S)
         waited = time.monotonic() - began
         if waited > SAID_AFTER_S and kind is not None:
             self._news.append(f"training waited {waited:.1f} s for the {kind} before to be written")
         self._raise()
-        return not is_busy()
+        return not self.is_busy(kind)
 
     def tell(self) -> list[str]:
         """Lines about what happened since the last call. Raises as `submit` does."""
