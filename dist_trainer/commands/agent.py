@@ -33,6 +33,13 @@ EXIT_BARRIER_S = 10.0
 """How long an agent whose ranks have ended waits for the others; torch's 300 s pass where one was told to stop."""
 
 
+USAGE = """usage: dist-trainer agent ARGUMENTS -m dist_trainer train CONFIG.yaml [--key.sub value ...]
+
+torchrun, with its arguments (torchrun --help lists them), that ends as its ranks do, and that derives threads,
+addresses and interfaces where they are not given. launch/ and slurm/ call it.
+"""
+
+
 def tell_ranks(number: int, _: object) -> None:
     """Pass a signal on; torchrun would die of SIGUSR1."""
     for child in psutil.Process().children():
@@ -43,6 +50,9 @@ def tell_ranks(number: int, _: object) -> None:
 
 def command(argv: list[str]) -> int:
     """Raises UserError for an argument that torchrun does not take."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else EXIT_STATUS["mistake"]
     status = "done"
     if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:  # slurm/ ignores it here, since Slurm signals the ranks too
         signal.signal(signal.SIGUSR1, tell_ranks)

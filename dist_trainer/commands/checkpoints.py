@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,15 @@ RUN is a run folder, also at a URL; show takes a checkpoint folder too.
 
 def command(argv: list[str]) -> int:
     """Raises UserError for what is no run folder."""
-    verbs = {"ls": ls, "verify": verify, "show": show}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if argv else 2
     verb, *rest = argv
-    if verb not in verbs:
-        raise UserError(f"checkpoints: no command {verb!r}{nearest(verb, verbs)}; there are ls, verify, show")
+    if verb not in VERBS:
+        raise UserError(f"checkpoints: no command {verb!r}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
     parser = new_parser(f"checkpoints {verb}", "What a run has saved.", config=False)
     parser.add_argument("run", type=str, help="a run folder, also at a URL")
-    return verbs[verb](str(parse(parser, rest).run))
+    return VERBS[verb](str(parse(parser, rest).run))
 
 
 def ls(given: str) -> int:
@@ -134,3 +133,6 @@ def _metrics(state: dict[str, Any]) -> str:
     scores = state.get("last") if state.get("evaluated_step") == state.get("step") else None
     scores = scores or {name: value for name, value in state.items() if name in SCORES}  # average/
     return "  ".join(f"{SCORES[name][0]}/top1 {value['top1']:.2%}" for name, value in scores.items() if name in SCORES)
+
+
+VERBS: dict[str, Callable[[str], int]] = {"ls": ls, "verify": verify, "show": show}

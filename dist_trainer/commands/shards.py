@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dist_trainer.config.arguments import Parser, new_parser, parse
 from dist_trainer.distributed.cores import cores
-from dist_trainer.errors import UserError, plural
+from dist_trainer.errors import UserError, nearest, plural
 from dist_trainer.storage.secret import refuse_secrets
 
 
@@ -163,7 +163,22 @@ def _check_processes(processes: int) -> None:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"pack": _pack, "index": _index, "check": _check}
 
 
+USAGE = """usage: dist-trainer shards pack SOURCE OUT | index URL... | check LOCATION
+
+  pack SOURCE OUT   images -> tars and their index
+  index URL...      an index of existing tars
+  check LOCATION    compare shards with their index; lists bad samples
+
+`dist-trainer shards pack --help` and so on tell their options.
+"""
+
+
 def command(argv: list[str]) -> int:
-    if not argv or argv[0] not in COMMANDS:
-        raise UserError(f"shards: say what to do: {', '.join(COMMANDS)}; dist-trainer shards pack --help")
+    if argv and argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if not argv:
+        raise UserError(f"shards: say what to do: {', '.join(COMMANDS)}; dist-trainer shards --help")
+    if argv[0] not in COMMANDS:
+        raise UserError(f"shards: no command {argv[0]!r}{nearest(argv[0], COMMANDS)}; there are {', '.join(COMMANDS)}")
     return COMMANDS[argv[0]](argv[1:])

@@ -19,7 +19,18 @@ def _shipped() -> dict[str, Path]:
     return files
 
 
+USAGE = """usage: dist-trainer ls [models] | cp NAME TARGET
+
+  ls               the shipped configs and scripts, a line each
+  ls models        networks with a short name, and their parameters
+  cp NAME TARGET   copy one of the configs and scripts to a file or into a folder
+"""
+
+
 def list_shipped(argv: list[str]) -> int:
+    if argv and argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
     if argv == ["models"]:
         from dist_trainer.models.build import model_table
 
@@ -37,6 +48,9 @@ def list_shipped(argv: list[str]) -> int:
 
 
 def copy_shipped(argv: list[str]) -> int:
+    if argv and argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
     if len(argv) != 2:
         raise UserError("cp: give a name that dist-trainer ls shows, and a target file or folder")
     files = _shipped()

@@ -4,12 +4,15 @@ import ast
 import contextlib
 import json
 import re
+import sys
+from argparse import SUPPRESS
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from dist_trainer.config.help import key_help, keys_help, metavar, option_line, place_line
 from dist_trainer.config.preprocess import resolve_preprocess
 from dist_trainer.config.suggestions import suggestion
 from dist_trainer.config.tree import TrainConfig
@@ -19,16 +22,39 @@ from dist_trainer.errors import UserError, nearest
 from dist_trainer.run_folder.fetch import Part, local_run
 from dist_trainer.storage.storage import is_remote
 
-Parser = ArgumentParser
-"""For the type of what `new_parser` gives."""
+NOT_OWN = {*TrainConfig.__dataclass_fields__, "config", "help"}
+"""Options that are no command's own."""
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's, with help of our own."""
+
+    takes_config = False
+
+    def format_help(self, *_: Any, **__: Any) -> str:
+        own = [each for each in self._actions if each.dest.partition(".")[0] not in NOT_OWN and each.help != SUPPRESS]
+        options, places = ([each for each in own if bool(each.option_strings) is named] for named in (True, False))
+        words = ["CONFIG.yaml", "[--key.sub value ...]"] if self.takes_config else []
+        words += [each.dest.upper() + ("..." if each.nargs in ("+", "*") else "") for each in places]
+        lines = [" ".join(["usage:", self.prog, *words, *(["[options]"] if options else [])]), ""]
+        lines += [self.description or "", ""]
+        lines += [place_line(each.dest.upper(), each.help or "") for each in places]
+        for each in options:
+            hint = getattr(each, "_typehint", None) or each.type
+            shown = f" {metavar(hint).removesuffix('|null')}" if each.nargs != 0 and hint is not None else ""
+            text = "Print the whole config, and end" if each.dest == "print_config" else each.help or ""
+            default = "" if each.default in (None, False, SUPPRESS) or each.nargs == 0 else str(each.default)
+            lines.append(option_line(each.option_strings[-1].removeprefix("--") + shown, text, default))
+        if self.takes_config:
+            lines += [option_line("config MORE.yaml", "Another config file; several merge left to right"), ""]
+            lines += keys_help()
+        return "\n".join(lines).rstrip() + "\n"
 
 
 def new_parser(command: str, description: str, config: bool = True) -> Parser:
     """A parser of `dist-trainer COMMAND`, with every key of a config as an option unless `config` is false."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the string under a field is its help
-    parser = ArgumentParser(
-        prog=f"dist-trainer {command}", description=description, exit_on_error=False, allow_abbrev=False
-    )
+    parser = Parser(prog=f"dist-trainer {command}", description=description, exit_on_error=False, allow_abbrev=False)
+    parser.takes_config = config
     if config:
         parser.add_argument("--config", action="config", help="YAML file; several merge left to right")
         parser.add_class_arguments(TrainConfig, nested_key=None, sub_configs=False)
@@ -36,6 +62,9 @@ def new_parser(command: str, description: str, config: bool = True) -> Parser:
 
 
 def parse(parser: Parser, argv: list[str]) -> Namespace:
+    if "--help" in argv and parser.takes_config and (after := argv[argv.index("--help") + 1 :]):
+        print(key_help(after[0].removeprefix("--")))
+        sys.exit(0)
     try:
         return parser.parse_args(argv)
     except ArgumentError as error:

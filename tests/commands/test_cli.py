@@ -13,8 +13,13 @@ import yaml
 from helpers import refused
 from running import ROOT, TINY, Session
 
-from dist_trainer.commands.main import dispatch
+from dist_trainer.commands import checkpoints, shards
+from dist_trainer.commands.main import COMMANDS, dispatch
+from dist_trainer.config.help import keys_help
+from dist_trainer.config.tree import TrainConfig
+from dist_trainer.config.values import keys_of
 
+SUB_COMMANDS = [("shards", verb) for verb in shards.COMMANDS] + [("checkpoints", verb) for verb in checkpoints.VERBS]
 FASHION = ROOT / "configs" / "fashion_mnist.yaml"
 
 
@@ -293,17 +298,47 @@ def test_shipped_files_are_listed_and_copied_but_overwrite_nothing(
     assert refused("cp", "fashion_mnist", tmp_path / "no" / "folder").startswith(str(tmp_path / "no" / "folder"))
 
 
-def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
-    """The string under each field is its help. Fails when a field has none, or the parser no longer reads them."""
+def helped(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    try:
+        status = dispatch([*argv, "--help"])
+    except SystemExit as end:
+        status = int(end.code or 0)
+    assert status == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"{group} {verb}" for group, verb in SUB_COMMANDS)])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """On stdout, with status 0, and how it is called first. Fails when a new command has none."""
+    text = helped(capsys, *command.split())
+    assert text.startswith("usage: ")
+    assert command in text.splitlines()[0]
+    assert "SUPPRESS" not in text
+
+
+def test_help_has_a_line_for_every_key_and_all_of_a_key_when_asked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By sections, a line a key, nested ones too; on a terminal no line is longer than it. Fails when a field has no
+    text, or a group is left out.
+    """
+    text = helped(capsys, "train")
+    lines = {match[1]: match[0] for match in re.finditer(r"^  --([a-z_]+(?:\.[a-z_]+)*) .*$", text, re.MULTILINE)}
+    groups = {key.rpartition(".")[0] for key in keys_of(TrainConfig)}
+    listed = {key for key in keys_of(TrainConfig) if key not in groups and not key.startswith("augment.transforms.")}
+    assert listed <= lines.keys()
+    for key in listed:
+        assert len(lines[key].split()) >= 4, f"--{key} has no help"
+    assert "--augment.crop.scale [X, X]" in lines["augment.crop.scale"]
+    assert text.index("\ndata: ") < text.index("  --data.train") < text.index("\nrun: ")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert max(map(len, keys_help())) <= 80
     with pytest.raises(SystemExit):
-        dispatch(["train", "--help"])
-    text = " ".join(capsys.readouterr().out.partition("A whole run:")[2].split())
-    keys = set(re.findall(r"--([a-z_]+\.[a-z_.]+) ", text)) - set(re.findall(r"--(\S+\.help)", text))
-    assert {"batch.micro_batch", "engine.zero", "lr.warmup.start"} < keys
-    for key in keys:
-        entry = re.search(rf"--{re.escape(key)} \S+(?:, --\S+ \S+)? (.*?)\((?:required, )?type:", text)
-        assert entry, f"--{key} has no help"
-        assert len(entry[1].split()) >= 2, f"--{key} has no help"
+        dispatch(["train", "--help", "lr.warmup"])
+    whole = capsys.readouterr().out
+    assert "--lr.warmup.start 0|base" in whole and "unscaled base rate (Goyal et al. 2017, section 2.2)." in whole
+    assert "did you mean 'lr.warmup'?" in refused("train", "--help", "lr.warmp")
 
 
 def test_one_process_needs_no_launcher(fashion: list[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -101,17 +102,22 @@ class CenterCrop:
     """The evaluation transform: resize the shorter side (bilinear, or bicubic), cut the centre. Either may be null."""
 
     def __init__(self, resize: int | None, crop: int | None, interpolation: str = "bilinear") -> None:
-        from torchvision.transforms import v2  # where it is used: that costs a loader process two seconds
-
-        self.crop = crop
-        self._steps: list[Any] = []
-        if resize:
-            mode = v2.InterpolationMode("bicubic" if interpolation == "bicubic" else "bilinear")
-            self._steps.append(v2.Resize(resize, mode, antialias=True))
-        if crop:
-            self._steps.append(v2.CenterCrop(crop))
+        self.crop, self._resize, self._interpolation = crop, resize, interpolation
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         for step in self._steps:
             image = step(image)
         return image
+
+    @cached_property
+    def _steps(self) -> list[Any]:
+        steps: list[Any] = []
+        if self._resize or self.crop:
+            from torchvision.transforms import v2  # where it is used: that costs a process a second
+
+            if self._resize:
+                mode = v2.InterpolationMode("bicubic" if self._interpolation == "bicubic" else "bilinear")
+                steps.append(v2.Resize(self._resize, mode, antialias=True))
+            if self.crop:
+                steps.append(v2.CenterCrop(self.crop))
+        return steps
