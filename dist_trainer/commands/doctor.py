@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_trainer import __version__
 from dist_trainer.commands.ranks import ranks
 from dist_trainer.config.arguments import new_parser, parse_config
 from dist_trainer.config.tree import TrainConfig
@@ -100,7 +99,7 @@ def per_host(world: World, value: Any) -> dict[str, Any]:
 
 def versions(world: World) -> Finding:
     packages = describe_environment(world.size)["packages"]
-    mine = {"dist_trainer": __version__, "Python": platform.python_version(), **packages}
+    mine = {"dist_trainer": packages.pop("dist_trainer"), "Python": platform.python_version(), **packages}
     hosts = per_host(world, mine)
     first, *others = hosts
     for host in others:

@@ -20,7 +20,8 @@ from dist_trainer.errors import EXIT_STATUS, LocalError, UserError, nearest
 
 USAGE = """usage: dist-trainer COMMAND ...
 
-  train CONFIG.yaml [--key.sub value ...]   train, or resume; evaluates and saves (under torchrun: on all ranks)
+  train CONFIG.yaml [--key.sub value ...]   train, or resume; evaluates and saves. On all GPUs here, or --devices N;
+                                            under torchrun and srun: on their ranks
   eval CONFIG.yaml|RUN [--weights PATH]     exact accuracy of a checkpoint folder or a safetensors file
   eval --pretrained timm/NAME --data.val V  published weights beside their published accuracy: are the labels right?
   average RUN [--top_k K|--last K|--files ...]  one model from several of a run, batch-norm re-estimated

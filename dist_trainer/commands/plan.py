@@ -28,6 +28,9 @@ from dist_trainer.run_folder.folder import RunFolder
 from dist_trainer.run_folder.identity import identity
 from dist_trainer.storage.storage import Storage
 
+IMAGENETS_CLASSES = 1000
+"""Where the data are not here to say."""
+
 
 def command(argv: list[str]) -> int:
     parser = new_parser("plan", "Everything that follows from a config, before any compute is used.")
@@ -43,6 +46,9 @@ def command(argv: list[str]) -> int:
         "--show", type=str | None, default=None, help="print these figures alone, a line each, such as run,world"
     )
     config, values = parse_config(parser, argv)
+    for name in ("gpus", "at_most", "samples"):
+        if (number := values[name]) is not None and number < 1:
+            raise UserError(f"--{name}: {number} is not 1 or more")
     gpus = values.gpus if values.at_most is None else largest_world(config.batch, values.at_most)
     figures = plan_figures(config, stem(values), gpus=gpus, num_samples=values.samples)
     if values.show is not None:
@@ -63,18 +69,31 @@ def command(argv: list[str]) -> int:
     return 0
 
 
+def scaling(config: TrainConfig, global_batch: int) -> str | None:
+    """How the peak follows from lr.base, such as `0.1 x 512 / 256`; None where lr.peak is given."""
+    if config.lr.base is None:
+        return None
+    factor = {"linear": f" x {global_batch} / 256", "sqrt": f" x sqrt({global_batch} / 256)", "none": ""}
+    return f"{config.lr.base:g}{factor[config.lr.scale]}"
+
+
+def stop_seconds(config: TrainConfig) -> int:
+    """How long ranks that were told to stop may take: torchrun is to wait for them."""
+    return math.ceil(STOP_S + config.checkpoint.grace + STOP_PATIENCE_S)
+
+
 def plan_figures(
     config: TrainConfig, stem: str, *, gpus: int | None = None, num_samples: int | None = None
 ) -> dict[str, Any]:
     """Figures by name; `stem` begins the names of run folders. Raises UserError for whatever `train` would refuse."""
-    num_classes = 1000  # ImageNet's, where the data are not here
+    num_classes, num_val, without_samples = config.model.args.get("num_classes", IMAGENETS_CLASSES), None, list[str]()
     world = gpus if gpus is not None else largest_world(config.batch, devices())
     host = World(0, world, 0, min(world, devices()), alone().device)
     train: ShardIndex | int
     run = {}
     if num_samples is None:
         data = open_data(config, alone(), Terminal(active=False))
-        train, num_classes = data.train, data.num_classes
+        train, num_classes, num_val, without_samples = data.train, data.num_classes, len(data.val), data.without_samples
         path, similar = choose_folder(config.run, stem, identity(config.as_dict(), data.fingerprint))
         run = {"run": path, "stands": RunFolder(Path(path)).standing(), "similar_run": similar}
     else:
@@ -88,7 +107,8 @@ def plan_figures(
     find_source(config)
     if config.model.pretrained:
         find_pretrained(config.model, Storage(config.data.storage_options, config.data.retry))
-        fine_tuning["lr_advised"] = advised_rate(plan.num_samples)
+        if config.optimizer.name in ("sgd", "sgdw"):
+            fine_tuning["lr_advised"] = advised_rate(plan.num_samples)
     return {
         **run,
         **fine_tuning,
@@ -105,20 +125,23 @@ def plan_figures(
         "legal_worlds": f"1 to {num_slots(config.batch)}",
         "full_worlds": [w for w in range(1, plan.num_slots + 1) if plan.num_slots % w == 0],
         "num_samples": plan.num_samples,
+        "num_classes": num_classes,
+        "num_val": num_val,
         "steps_per_epoch": plan.steps_per_epoch,
         "samples_in_last_step": plan.num_valid(math.ceil(plan.steps_per_epoch) - 1),
         "total_steps": plan.total_steps,
         "warmup_steps": rate.warmup,
         "lr_first": rate(0),
         "lr_peak": rate.peak,
+        "lr_scaling": scaling(config, plan.global_batch),
         "lr_last": rate(plan.total_steps - 1),
         "bits": promise(config),
-        "stop_seconds": math.ceil(STOP_S + config.checkpoint.grace + STOP_PATIENCE_S),
+        "stop_seconds": stop_seconds(config),
         "checkpoint_bytes": disk.checkpoint,
         "disk_bytes": disk.in_all,
         "shared_bytes_per_rank": needs.shared if needs else None,
         "pinned_bytes_per_rank": needs.pinned if needs else None,
-        "warnings": warnings(config, blueprint, 0 if num_samples else num_classes),
+        "warnings": warnings(config, blueprint, num_classes, without_samples),
     }
 
 
@@ -145,11 +168,14 @@ def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         f"{f['micro_batch']}; "
         f"{plural(f['forwards_per_rank'], 'forward')} per rank, "
         f"{f['efficiency']:.0%} efficient",
+        "data": f"{plural(f['num_classes'], 'class')}; "
+        + (f"{f['num_val']:,} validation samples" if f["num_val"] is not None else "validation samples are not here"),
         "epoch": f"{plural(f['num_samples'], 'sample')} = {plural(f['steps_per_epoch'], 'step')}, "
         f"{plural(f['samples_in_last_step'], 'sample')} in the last",
         "length": plural(f["total_steps"], "step"),
         "bits": f["bits"],
-        "learning rate": f"{f['lr_first']:g} at step 0, {f['lr_peak']:g} after "
+        "learning rate": f"{f['lr_first']:g} at step 0, {f['lr_peak']:g}"
+        f"{' = ' + f['lr_scaling'] if f['lr_scaling'] else ''} after "
         f"{plural(f['warmup_steps'], 'step')} of warm-up, "
         f"{f['lr_last']:.3g} at the last"
         + (f"; {f['lr_scale_least']:.2g} of it in the first layer" if f["lr_scale_least"] < 1 else ""),

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dist_trainer.commands.devices import ranks_to_start, start_ranks
 from dist_trainer.commands.ranks import ranks
 from dist_trainer.config.arguments import new_parser, parse_config, stem
 from dist_trainer.config.tree import TrainConfig
@@ -34,7 +35,10 @@ MAX_ROLL_BACKS = 3
 
 def command(argv: list[str]) -> int:
     parser = new_parser("train", "Train, or resume where the run folder stands; evaluate and save.")
+    parser.add_argument("--devices", type=int | None, default=None, help="ranks on this machine; default: all its GPUs")
     config, values = parse_config(parser, argv)
+    if (count := ranks_to_start(config, values.devices)) > 1:
+        return start_ranks(count, config, argv)
     os.environ["DIST_TRAINER_VERBOSE"] = "1" if config.log.verbose else ""
     if config.log.verbose:
         logging.getLogger("torch.distributed").setLevel(logging.INFO)

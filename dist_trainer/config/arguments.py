@@ -66,6 +66,15 @@ def parse(parser: Parser, argv: list[str]) -> Namespace:
         print(key_help(after[0].removeprefix("--")))
         sys.exit(0)
     try:
+        if "--print_config" in argv and parser.takes_config:
+            values = parser.parse_args([word for word in argv if word != "--print_config"])
+            own = {
+                action.dest.partition(".")[0] for action in parser._actions
+            } - TrainConfig.__dataclass_fields__.keys()
+            for option in own:
+                values.pop(option, None)  # the command's, not the config's
+            print(parser.dump(values, skip_none=False), end="")
+            sys.exit(0)
         return parser.parse_args(argv)
     except ArgumentError as error:
         raise UserError(_one_line(str(error), parser)) from None

@@ -1,9 +1,13 @@
 """Advice on a config: before a run, warnings of keys that work against each other; after it, the keys to change."""
 
+import os
+from collections.abc import Sequence
+
 from torch import nn
 
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.data.augment.policy import OFF
+from dist_trainer.errors import plural, some
 from dist_trainer.run.blueprint import Blueprint
 from dist_trainer.tricks.diagnosis import Verdict
 
@@ -14,19 +18,25 @@ MANY_CLASSES = 1000
 """With fewer, a network is not small for its task."""
 
 
-def warnings(config: TrainConfig, parts: Blueprint, num_classes: int) -> list[str]:
-    """One line each. Accuracies are PaddleClas's, on ImageNet ("Tricks for training", 2.2.4 to 2.2.6).
-
-    `num_classes` is 0 if it is not known; then there is no warning about the network's size.
+def warnings(config: TrainConfig, parts: Blueprint, num_classes: int, without_samples: Sequence[str] = ()) -> list[str]:
+    """One line each, of what is legal and suspicious. Accuracies are PaddleClas's, on ImageNet ("Tricks for training",
+    2.2.4 to 2.2.6). `without_samples`: names of classes that no training sample has.
     """
-    lines = []
+    lines = _of_data(config, without_samples)
     ema, updates = config.ema, parts.plan.total_steps - parts.ema_start
     if ema.decay is not None and ema.ramp != "threshold" and (1.0 - ema.decay) * updates < 1.0:
         lines.append(
             f"ema.decay: {ema.decay:g} averages over the last {1 / (1 - ema.decay):,.0f} updates, and there are "
-            f"{updates:,}: it stays near its start; take {1 - 10 / max(updates, 20):.3g}, or ema.ramp: threshold"
+            f"{updates:,}: it stays near its start; take {1 - 10 / max(updates, 20):.6g}, or ema.ramp: threshold"
+        )
+    rate = parts.learning_rate
+    if rate.warmup and rate.start > rate.peak:
+        lines.append(
+            f"lr.warmup.start: base, {rate.start:g}, is above the peak, {rate.peak:g}: warm-up goes down; leave it "
+            "out, or raise batch.global_batch"
         )
     lines += _of_loss(config, parts)
+    lines += _of_lengths(config, parts)
     crop, size = config.augment.crop, parts.augment.size(parts.augment.last_step)
     if crop is not None and size is not None and size < crop.size:
         lines.append(
@@ -42,6 +52,35 @@ def warnings(config: TrainConfig, parts: Blueprint, num_classes: int) -> list[st
                 "learn; it is for fine-tuning: set model.pretrained"
             )
     return [*lines, *_of_size(config, num_parameters(parts.model), num_classes)]
+
+
+def _of_data(config: TrainConfig, without_samples: Sequence[str]) -> list[str]:
+    lines = []
+    if os.path.normpath(config.data.val) == os.path.normpath(config.data.train):
+        lines.append("data.val: is data.train: its accuracy is that of samples that were trained on")
+    if without_samples:
+        lines.append(
+            f"data.train: {plural(len(without_samples), 'class')} without a sample, which cannot be learned: "
+            f"{some(map(repr, without_samples))}"
+        )
+    resize, crop = config.eval.resize, config.eval.crop
+    if resize is not None and crop is not None and resize < crop:
+        lines.append(f"eval.resize: {resize} is below eval.crop, {crop}: images are scored within a black border")
+    return lines
+
+
+def _of_lengths(config: TrainConfig, parts: Blueprint) -> list[str]:
+    """Erased lengths that are no pixel at the size of the run's images."""
+    size = parts.augment.size(parts.augment.last_step)
+    key = {"cutout": "length", "grid_mask": "d_min", "hide_and_seek": "sizes"}.get(config.augment.erase.name)
+    given = config.augment.erase.args.get(key) if key is not None else None
+    if size is None or given is None:
+        return []
+    none = [each for each in (given if isinstance(given, list) else [given]) if each and each * size < 224 / 2]
+    return [
+        f"augment.erase.args.{key}: {each} is of an image of 224; of {size} pixels it is none: nothing is erased"
+        for each in none
+    ]
 
 
 def _of_loss(config: TrainConfig, parts: Blueprint) -> list[str]:

@@ -41,6 +41,12 @@ class RunData:
         return self.train.num_classes
 
     @property
+    def without_samples(self) -> list[str]:
+        """Names of the classes that no training sample has."""
+        counts = np.bincount(self.train.samples["label"], minlength=self.num_classes)
+        return [name for name, count in zip(self.train.class_names, counts, strict=False) if not count]
+
+    @property
     def fingerprint(self) -> str:
         """The training set's part of the run's identity."""
         return self.train.fingerprint[:16]

@@ -97,7 +97,7 @@ def notes_on(config: TrainConfig, data: RunData, blueprint: Blueprint, world: Wo
     notes = [
         precision_note(config.engine.precision, world.device),
         shared_memory_note(needs, config, world),
-        *warnings(config, blueprint, data.num_classes),
+        *warnings(config, blueprint, data.num_classes, data.without_samples),
     ]
     return [f"warning: {note}" for note in notes if note]
 

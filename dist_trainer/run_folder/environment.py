@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from dist_trainer import __version__
+
 
 def describe_environment(world_size: int) -> dict[str, Any]:
     """What env.json holds: command line, versions, host, devices, Slurm job, git revision."""
-    packages = {}
+    packages = {"dist_trainer": __version__}
     for name in ("torch", "torchvision", "deepspeed", "timm", "webdataset", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)

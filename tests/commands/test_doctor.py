@@ -71,7 +71,7 @@ def test_all_is_well_where_it_is(said: Doctor) -> None:
         (["--data.train=data/nowhere"], "data.train: ", True),
         (["--run.mirror=small.yaml/mirror"], "run.mirror: ", True),
         (["--run.dir=small.yaml/runs"], "run.dir: cannot write small.yaml/runs: Not a directory; choose another", True),
-        (["--lr.peak=-1"], "lr: the peak rate is -1.0", True),
+        (["--lr.warmup.duration=200ep"], "lr.warmup.duration: 200ep is ", True),
         (["--data.workers=1"], "1 rank with 1 loader process each on this host want 2 cores, and there is 1", False),
     ],
 )

@@ -1,5 +1,6 @@
 """What accuracy on training samples says, of which samples; and what is said of keys, before a run and after it."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,9 @@ def config_of(*argv: str) -> TrainConfig:
     return parse_config(new_parser("train", ""), words)[0]
 
 
+LENGTH = "augment.erase.args.length"
+
+
 def said(*argv: str, num_classes: int = 1000) -> list[str]:
     config = config_of("--duration=5000step", "--batch.global_batch=64", *argv)
     return [
@@ -104,6 +108,10 @@ def said(*argv: str, num_classes: int = 1000) -> list[str]:
         ),
         (["--model.freeze=[fc]"], "model.freeze"),
         (["--optimizer.layer_decay=0.75"], "optimizer.layer_decay"),
+        (["--data.val=./t/"], "data.val"),
+        (["--eval.resize=20", "--eval.crop=28"], "eval.resize"),
+        (["--lr.warmup={duration: 9step, start: base}"], "lr.warmup.start"),
+        (["--augment.crop={size: 28, scale: [0.2, 1.0]}", "--augment.erase={name: cutout, args: {length: 3}}"], LENGTH),
     ],
 )
 def test_keys_that_work_against_each_other_are_named(argv: list[str], key: str) -> None:
@@ -118,11 +126,30 @@ def test_what_fits_is_not_warned_of() -> None:
     assert said("--ema.decay=0.999") == []
     assert said("--model.freeze=[fc]", "--optimizer.layer_decay=0.75", "--model.pretrained=x.pth") == []
     assert said("--mixing.mixup=0.2") == []
+    assert said("--eval.resize=28", "--eval.crop=28") == []
+    assert said("--lr.warmup={duration: 9step, start: base}", "--batch.global_batch=256") == []
+    assert (
+        said("--augment.crop={size: 28, scale: [0.2, 1.0]}", "--augment.erase={name: cutout, args: {length: 4}}") == []
+    )
     assert said("--augment.crop={size: 28, scale: [0.2, 1.0], start_size: 12, grow: [0%, 10%]}") == []
     assert said("--loss.name=bce", "--loss.args={sum_classes: true}") == []
     small = ["--loss.label_smoothing=0.1", "--optimizer.weight_decay=1e-4", "--augment.crop={size: 28}"]
     assert said(*small, num_classes=10) == []
     assert said("--augment.crop={size: 28, scale: [0.2, 1.0]}", "--optimizer.weight_decay=3e-5") == []
+
+
+def test_advice_can_be_followed_and_classes_without_samples_are_named() -> None:
+    """Mutation: three digits, which make 1.0 of a decay near it."""
+    config = config_of("--duration=50000step", "--batch.global_batch=64", "--ema.decay=0.999999")
+    parts = make_blueprint(config, 6400, 10, 1)
+    (line,) = warnings(config, parts, 10)
+    advised = re.search(r"take ([\d.]+), or", line)
+    assert advised and parse_config(
+        new_parser("train", ""), ["--data.train=t", "--data.val=v", f"--ema.decay={advised[1]}"]
+    )
+    assert 0.999 < float(advised[1]) < 1.0
+    (_, named) = sorted(warnings(config, parts, 10, ["dog", "cat", "a b", "c"]), reverse=True)
+    assert named == "data.train: 4 classes without a sample, which cannot be learned: 'dog', 'cat', 'a b' ..."
 
 
 def test_keys_to_turn_are_those_that_are_not_turned_yet() -> None:
