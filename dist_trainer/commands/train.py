@@ -109,7 +109,8 @@ def _train(run: Run, end: End, stop: StopRequest) -> Outcome:
     def asked() -> tuple[str, float] | None:
         return None if run.sums.stop else stop.heard
 
-    folder.writer.until = partial(grace_ends, run)
+    if run.world.is_main:  # who writes; its `finish` forgets the run
+        folder.writer.until = partial(grace_ends, run)
     stacks = folder.path / "stacks"
     with (
         naming_operations(),

@@ -14,9 +14,8 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from dist_trainer.config.help import key_help, keys_help, metavar, option_line, place_line
 from dist_trainer.config.preprocess import resolve_preprocess
-from dist_trainer.config.suggestions import suggestion
 from dist_trainer.config.tree import TrainConfig
-from dist_trainer.config.values import Typed, check_values, keys_of, words
+from dist_trainer.config.values import Typed, check_values, words
 from dist_trainer.config.yaml_text import load
 from dist_trainer.errors import UserError, nearest
 from dist_trainer.run_folder.fetch import Part, local_run
@@ -219,8 +218,5 @@ def parse_config(parser: Parser, argv: list[str]) -> tuple[TrainConfig, Namespac
     values = parse(parser, argv)
     built = parser.instantiate_classes(values)
     config = TrainConfig(**{name: built[name] for name in TrainConfig.__dataclass_fields__})
-    for name in config.run.allow_change:
-        if name not in (known := list(keys_of(TrainConfig))):
-            raise UserError(f"run.allow_change: {name}: no such key{suggestion(name, known)}")
     config.data.check()
     return resolve_preprocess(config), values

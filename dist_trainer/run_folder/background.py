@@ -165,21 +165,24 @@ class BackgroundWriter:
 
         Nothing can be handed over afterwards.
         """
-        in_time = self.wait()
-        with self._changed:
-            running = self._running
-        if not in_time and running is not None:
-            return f"the {running.kind} of step {running.step} could not be written in time"
-        for _ in range(self._max_failed):
-            if not self._failed or self.gives_up or self._is_late():
-                break
-            self._retry_failed()
-        with self._changed:
-            self._ends = True
-            self._changed.notify_all()
-        if self._left_out:
-            return f"{self._left_out} could not be written in time"
-        return self._first_reason() or None
+        try:
+            in_time = self.wait()
+            with self._changed:
+                running = self._running
+            if not in_time and running is not None:
+                return f"the {running.kind} of step {running.step} could not be written in time"
+            for _ in range(self._max_failed):
+                if not self._failed or self.gives_up or self._is_late():
+                    break
+                self._retry_failed()
+            with self._changed:
+                self._ends = True
+                self._changed.notify_all()
+            if self._left_out:
+                return f"{self._left_out} could not be written in time"
+            return self._first_reason() or None
+        finally:
+            self.until = lambda: None  # it knows the run, which a roll-back replaces
 
     def _raise(self) -> None:
         if self._error is not None:

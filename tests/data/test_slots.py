@@ -216,7 +216,7 @@ def test_augmentations_that_cannot_be_are_refused_by_key() -> None:
     assert text.startswith("augment.transforms[1].name: 'RandomRotatoin'")
     assert "did you mean 'RandomRotation'?" in text
     text = refused(transforms=[Named(name="RandomRotation", args={"degres": 30})])
-    assert text.startswith("augment.transforms[0].args: RandomRotation: ")
+    assert text.startswith("augment.transforms[0].args.degres: RandomRotation takes no degres; did you mean 'degrees'?")
 
 
 def test_a_transform_that_does_not_give_uint8_is_a_problem(index: ShardIndex) -> None:

@@ -140,7 +140,6 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "run.timeout": [0, 10],
     "run.seed": [-1],
     "run.start_from": ["no_such_run"],
-    "run.allow_change": [["duratio"]],
     "augment.crop.size": [0],
     "augment.crop.scale": [[0.5, 0.1], [0.0, 1.0], [0.1, 2.0]],
     "augment.crop.ratio": [[2.0, 1.0], [0.0, 1.0]],
@@ -209,6 +208,7 @@ ANYTHING = {
     # Paths, and words for people: a folder that is not there is told of with the data.
     "data.train", "data.val", "wandb.project", "wandb.entity", "wandb.group", "wandb.name", "wandb.tags", "wandb.notes",
     "wandb.job_type", "augment.policy.args", "augment.erase.args", "lr.schedule.args", "optimizer.no_decay",
+    "run.allow_change",
 }  # fmt: skip
 WITH: dict[str, list[str]] = {  # what a key needs beside it, to have an effect
     "data.num_samples": ["--data.source=stream"],
