@@ -44,6 +44,18 @@ KEYS = dict(keys())
 IN_LISTS = {key for key in KEYS if key.startswith("augment.transforms.")}
 
 
+PARSER = new_parser("train", "")
+
+
+def said(*argv: str) -> str:
+    """What is wrong with these arguments; empty where nothing is."""
+    try:
+        parse_config(PARSER, ["--data.train=t", "--data.val=v", *argv])
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def nested(key: str, value: Any) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
@@ -86,17 +98,13 @@ def test_a_value_of_another_type_is_refused_and_one_of_its_type_is_not(key: str,
 
     Mutations: null for any key; true for a number; the parser's own message; a list of another length.
     """
-    hint, file, parser = KEYS[key], tmp_path / "wrong.yaml", new_parser("plan", "")
+    hint, file = KEYS[key], tmp_path / "wrong.yaml"
     for value in VALUES:
         if isinstance(value, dict) and is_group(hint):
             continue  # its own keys decide
         file.write_text(yaml.safe_dump(nested(key, value)))
         shown = "null" if value is None else "true" if value is True else repr(value)
-        try:
-            parse_config(parser, ["--data.train=t", "--data.val=v", "--config", str(file)])
-            line = ""
-        except UserError as error:
-            line = str(error)
+        line = said("--config", str(file))
         if accepts(hint, value):
             assert f"(in {file})" not in line, line
             continue
@@ -104,9 +112,9 @@ def test_a_value_of_another_type_is_refused_and_one_of_its_type_is_not(key: str,
         assert "\n" not in line and not OTHERS_WORDS.search(line), line
         assert str(file) in line
         if value == "wrng":  # others may be what they look like, on the command line
-            said = refused("plan", "--data.train=t", "--data.val=v", f"--{key}", value)
-            assert said.startswith(f"{key}: "), said
-            assert value in said and not OTHERS_WORDS.search(said), said
+            line = said(f"--{key}", value)
+            assert line.startswith(f"{key}: "), line
+            assert value in line and not OTHERS_WORDS.search(line), line
     assert not (tmp_path / "runs").exists()
 
 
@@ -116,7 +124,7 @@ def test_a_near_miss_of_its_name_is_answered_with_the_name(key: str, tmp_path: P
     near, file = f"{key}{key[-1]}", tmp_path / "near.yaml"
     file.write_text(yaml.safe_dump(nested(near, None)))
     for argv in ([f"--{near}=1"], ["--config", file]):
-        line = refused("train", "--data.train=t", "--data.val=v", *argv)
+        line = said(*argv)
         assert line.startswith(f"{near}: no such key; "), line
         assert f"'{key}'" in line, line
 
