@@ -123,7 +123,7 @@ def test_a_near_miss_of_its_name_is_answered_with_the_name(key: str, tmp_path: P
     """A letter too many, in a file and as an argument. Mutations: the nearest of another group; no answer."""
     near, file = f"{key}{key[-1]}", tmp_path / "near.yaml"
     file.write_text(yaml.safe_dump(nested(near, None)))
-    for argv in ([f"--{near}=1"], ["--config", file]):
+    for argv in ([f"--{near}=1"], ["--config", str(file)]):
         line = said(*argv)
         assert line.startswith(f"{near}: no such key; "), line
         assert f"'{key}'" in line, line
