@@ -37,6 +37,11 @@ def command(argv: list[str]) -> int:
     run, argv = run_folder_argument(argv, "checkpoints" if value_of(argv, "last") else "snapshots")
     if run is None and not {"-h", "--help"} & set(argv):
         raise UserError("average: give a run folder, such as runs/my-1a2b3c4d")
+    if others := [word for word in argv[1:2] if not word.startswith("-")]:
+        raise UserError(
+            f"average: takes the config of one run, and {others[0]} is another; to average weights of several, name "
+            f"their files: average {run} --files '[{run}/best/step_.../model.safetensors, ...]'"
+        )
     config, values = parse_config(parser, argv)
     assert run is not None  # --help has ended the process
     for name in ("top_k", "last"):

@@ -19,7 +19,8 @@ def command(argv: list[str]) -> int:
         "--weights",
         type=str | None,
         default=None,
-        help="a checkpoint folder or safetensors file, also at a URL; default: the run's best",
+        help="a checkpoint folder or safetensors file, a run (its best) or a part of it such as RUN/average, also at "
+        "a URL; default: the run's best",
     )
     parser.add_argument(
         "--of",
@@ -40,7 +41,8 @@ def command(argv: list[str]) -> int:
         return eval_published(parser, name, argv)
     config, values = parse_config(parser, argv)
     storage = Storage(config.data.storage_options, config.data.retry)
-    weights = _weights(values.weights, folder, storage)
+    inside = given if folder is not None and not is_remote(given) and not Path(given).samefile(folder) else None
+    weights = _weights(values.weights or inside, folder, storage)
     shown = values.weights or (f"{given.rstrip('/')}/best/{weights.name}" if is_remote(given) else weights)
     with ranks() as (world, terminal):
         result, digest = evaluate_weights(config, weights, world, terminal, values.of)

@@ -103,15 +103,9 @@ def plan_figures(
     needs = hand_over(config, blueprint.model, blueprint.augment, train, num_workers(config.data, host))
     groups = blueprint.optimizer.param_groups
     disk = space_of(config, blueprint)
-    fine_tuning = {}
-    find_source(config)
-    if config.model.pretrained:
-        find_pretrained(config.model, Storage(config.data.storage_options, config.data.retry))
-        if config.optimizer.name in ("sgd", "sgdw"):
-            fine_tuning["lr_advised"] = advised_rate(plan.num_samples)
     return {
         **run,
-        **fine_tuning,
+        **initial_weights(config, plan.num_samples),
         "world": plan.world,
         "parameters": num_parameters(blueprint.model),
         "trained": sum(p.numel() for group in groups for p in group["params"]),
@@ -143,6 +137,15 @@ def plan_figures(
         "pinned_bytes_per_rank": needs.pinned if needs else None,
         "warnings": warnings(config, blueprint, num_classes, without_samples),
     }
+
+
+def initial_weights(config: TrainConfig, num_samples: int) -> dict[str, Any]:
+    """The rate that is advised from pretrained weights, for sgd. Raises UserError for weights that are not there."""
+    find_source(config)
+    if not config.model.pretrained:
+        return {}
+    find_pretrained(config.model, Storage(config.data.storage_options, config.data.retry))
+    return {"lr_advised": advised_rate(num_samples)} if config.optimizer.name in ("sgd", "sgdw") else {}
 
 
 def plan_rows(figures: dict[str, Any]) -> tuple[dict[str, str], list[str]]:

@@ -164,16 +164,18 @@ def value_of(argv: list[str], name: str) -> str | None:
 
 
 def run_folder_argument(argv: list[str], *parts: Part) -> tuple[Path | None, list[str]]:
-    """(the run folder that is given instead of a config, if one is; the arguments with its config.yaml).
+    """(the run folder that is given instead of a config, or around what is given; the arguments with its config.yaml).
 
-    Of a run at a URL these parts are copied. Raises UserError for a folder that is no run folder.
+    Of a run at a URL these parts are copied. Raises UserError for a folder that is in no run folder.
     """
     given = argv[0] if argv and not argv[0].startswith("-") else ""
     if not is_remote(given) and not (given and Path(given).is_dir()):
         return None, argv
     folder = local_run(given, parts)
-    if not (folder / "config.yaml").is_file():
+    around = [each for each in list(folder.absolute().parents)[:2] if (each / "identity.json").is_file()]  # RUN/best
+    if not (folder / "config.yaml").is_file() and not around:
         raise UserError(f"{folder}: not a run folder: it has no config.yaml")
+    folder = folder if (folder / "config.yaml").is_file() else around[0]
     return folder, [str(folder / "config.yaml"), *argv[1:]]
 
 

@@ -53,6 +53,7 @@ class BadSampleLog:
         """A rank's message about unreachable storage, once all ranks know it."""
         self._index, self._split = index, split
         self._known: dict[int, BadSample] = {}
+        self._told, self._epoch = 0, 0
         # Accepted when the index was made, so they do not count against the budget.
         self._accepted = {problem.sample for problem in index.problems}
 
@@ -64,6 +65,17 @@ class BadSampleLog:
     def num_bad(self) -> int:
         """Different bad samples met so far."""
         return len(self._known)
+
+    def tell(self, epoch: int) -> str | None:
+        """When another epoch has ended: a line, if bad samples were met since the last time."""
+        if epoch == self._epoch:
+            return None
+        new, self._epoch, self._told = self.num_bad - self._told, epoch, self.num_bad
+        if new <= 0:
+            return None
+        found = self.summary(list(self._known.values())[-new:])
+        in_all = f"{self.num_bad:,} in all, in bad_samples.jsonl"
+        return f"epoch {epoch}: {plural(new, 'bad training sample')}: {found}; {in_all}"
 
     def add(self, samples: Iterable[BadSample]) -> list[BadSample]:
         """Add what the ranks met; returns the new ones, in the order of sample numbers."""
@@ -123,6 +135,7 @@ class BadSampleLog:
 
     def load(self, state: Iterable[dict[str, Any]]) -> None:
         self.add(BadSample(**bad) for bad in state)
+        self._told = self.num_bad
 
     def forget(self, is_mended: Callable[[BadSample], bool]) -> None:
         """Remove samples that have been repaired since."""

@@ -75,8 +75,12 @@ def grace_ends(run: Run) -> float | None:
 
 
 def hear(run: Run) -> None:
-    """Tell what the writer has to say. After too many checkpoints that failed, every rank stops after this step."""
+    """Tell what the writer has to say, and of an epoch's bad samples. Every rank stops after this step if too many
+    checkpoints failed.
+    """
     if run.world.is_main:
+        if line := run.record.bad_samples.tell(int(run.plan.epoch(run.progress.step))):
+            run.record.tracker.terminal.say(line)
         writer, uploader = run.record.folder.writer, run.record.folder.uploader
         for line in [*writer.tell(), *(uploader.tell() if uploader is not None else [])]:
             run.record.tracker.terminal.say(line)

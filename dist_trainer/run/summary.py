@@ -34,6 +34,7 @@ def finish_run(run: Run, state: State, reason: str | None = None) -> dict[str, A
     summary: dict[str, Any] = {
         **how_it_ends(state, reason, progress.step, run.plan),
         "missing": missing,
+        "bad_samples": record.bad_samples.num_bad,
         "skipped": progress.skipped,
         "bits": promise(run.config, run.sums.num_beyond),
         "weights_sha256": run.learner.weights.digests(),
@@ -118,6 +119,8 @@ def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
             f"\n{name}: sha256 {digest[:16]}..." for name, digest in summary["weights_sha256"].items()
         )
     rows["steps"] = f"{summary['steps']} ({plural(summary['epochs'], 'epoch')}, {summary['skipped']} skipped)"
+    if bad := summary.get("bad_samples"):
+        rows["bad samples"] = f"{bad:,} training samples could not be used; bad_samples.jsonl lists them"
     if changes := summary["changes"]:
         rows["changed"] = "\n".join(
             f"from step {each['step']}: {Change(each['key'], each['old'], each['new'])}" for each in changes

@@ -44,12 +44,13 @@ def local_run(location: str, parts: Collection[Part], storage: Storage | None = 
 
 
 def local_weights(location: str, storage: Storage | None = None) -> Path:
-    """A safetensors file, a checkpoint folder, or a run folder's best weights, at a path or a URL.
+    """A safetensors file, a checkpoint folder, or a run folder's best weights, at a path or a URL; or the newest in a
+    folder of checkpoints, such as RUN/average.
 
-    Raises UserError for a URL that holds none of them, or cannot be read.
+    Raises UserError for what holds none of them, or cannot be read.
     """
     if not is_remote(location):
-        return Path(location)
+        return _here(Path(location))
     url, name = location.rstrip("/").rsplit("/", 1)
     mirror, folder = Mirror(url, storage or Storage()), _scratch()
     try:
@@ -66,6 +67,16 @@ def local_weights(location: str, storage: Storage | None = None) -> Path:
     if best is None:
         raise UserError(f"{location}: no best weights yet")
     return best
+
+
+def _here(path: Path) -> Path:
+    is_run = (path / "config.yaml").is_file()
+    if not is_run and not any(path.glob("step_*")):
+        return path
+    found, _ = checkpoint.newest(path / "best" if is_run else path)
+    if found is None:
+        raise UserError(f"{path}: {'no best weights yet' if is_run else 'no complete checkpoint'}")
+    return found
 
 
 def _reason(error: Exception) -> str:

@@ -11,6 +11,7 @@ import torch
 from helpers import message
 
 from dist_trainer.commands.main import dispatch
+from dist_trainer.config.arguments import run_folder_argument
 from dist_trainer.errors import UserError
 from dist_trainer.run_folder import checkpoint, lineage
 from dist_trainer.run_folder.fetch import local_run, local_weights, remove_copies
@@ -144,3 +145,29 @@ def test_a_pickle_among_the_files_is_never_read(run: Path, tmp_path: Path, capsy
         (folder / name).write_bytes(original)
         (folder / checkpoint.MANIFEST).write_text(before)
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_are_named_by_a_run_or_by_any_part_of_it(run: Path) -> None:
+    """Mutations: the run folder itself is taken for a checkpoint; a part has no config."""
+    (run / "identity.json").write_text("{}")
+    best, last = run / "best" / "step_00000020", run / "checkpoints" / "step_00000020"
+    for given, weights in ((run, best), (run / "best", best), (run / "checkpoints", last), (best, best), (last, last)):
+        assert local_weights(str(given)) == weights
+        folder, argv = run_folder_argument([str(given), "--of", "ema"])
+        assert folder is not None and folder.samefile(run)
+        assert argv == [str(folder / "config.yaml"), "--of", "ema"]
+    file = best / "model.safetensors"
+    assert local_weights(str(file)) == file
+    shutil.rmtree(run / "best")
+    with pytest.raises(UserError) as caught:
+        local_weights(str(run))
+    assert message(caught) == f"{run}: no best weights yet"
+    with pytest.raises(UserError) as caught:
+        run_folder_argument([str(run.parent)])
+    assert "not a run folder" in message(caught)
+
+
+def test_an_average_of_two_runs_says_how(run: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        dispatch(["average", str(run), "runs/other"])
+    assert message(caught).startswith("average: takes the config of one run, and runs/other is another; ")

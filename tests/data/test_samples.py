@@ -230,6 +230,19 @@ def test_a_list_of_bad_samples_that_a_kill_cut_off_is_gone_on_with(index: ShardI
     health.write(tmp_path / "no" / "folder", bad)  # a list for people, which stops nothing
 
 
+def test_bad_samples_are_told_at_the_end_of_the_epoch_that_met_them(index: ShardIndex) -> None:
+    """Once, with kinds and shards; not those from before a resume. Mutations: at every step; all of them each time."""
+    bad = [BadSample(n, "crc" if n else "decode", f"{n}.tar", "other bytes") for n in range(4)]
+    health = BadSampleLog(index, "auto", "train")
+    health.load([vars(bad[0])])
+    health.add(bad[:3])
+    assert health.tell(0) is None
+    line = "epoch 1: 2 bad training samples: 2 crc; 1.tar (1), 2.tar (1); 3 in all, in bad_samples.jsonl"
+    assert [health.tell(1), health.tell(1), health.tell(2)] == [line, None, None]
+    health.add(bad)
+    assert str(health.tell(3)).startswith("epoch 3: 1 bad training sample: 1 crc; 3.tar (1); 4 in all")
+
+
 def test_a_shard_is_named_whole_though_it_has_a_comma(index: ShardIndex, tmp_path: Path) -> None:
     moved = replace(index, root=f"{tmp_path}/a,b")
     assert BadSample.of(moved, 0, Bad("crc", "")).shard == f"{tmp_path}/a,b/0.tar"

@@ -202,6 +202,7 @@ def test_bad_samples_keep_their_place_count_nothing_and_are_listed_once(runs: Pa
         listed = sorted((line["split"], line["sample"], line["kind"]) for line in lines)
         assert listed == [("train", BROKEN, "decode"), ("train", FLIPPED, "crc"), ("val", 50, "decode")]
         assert metrics(run, "data/bad")[-1] == 2
+        assert json.loads((run / "summary.json").read_text())["bad_samples"] == 2
         assert (metrics(run, "val/top1")[-1] * 101) % 1 == pytest.approx(0, abs=1e-9)
     ones, threes = metrics(runs / "bad-1", "train/loss"), metrics(runs / "bad-3", "train/loss")
     assert all(abs(a - b) < TOLERANCE for a, b in zip(ones, threes, strict=True))

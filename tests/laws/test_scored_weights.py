@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import labelled, write_tar
-from running import TINY, metrics, newest, run_jobs, run_killed_jobs, tensors
+from running import TINY, Session, metrics, newest, run_jobs, run_killed_jobs, tensors
 from safetensors.torch import load_file
 
 from dist_trainer.shards.prepare import prepare_index
@@ -233,3 +234,15 @@ def test_killed_while_scoring_and_resumed_is_the_run_that_was_not(
     assert {f.name: f.read_bytes() for f in (tmp_path / "killed" / "snapshots").glob("*.safetensors")} == {
         f.name: f.read_bytes() for f in (runs / "on" / "snapshots").glob("*.safetensors")
     }
+
+
+@pytest.mark.slow  # three starts
+@pytest.mark.parametrize(("given", "of"), [("average", "average_bn"), ("best", None), ("", None)])
+def test_eval_takes_a_part_of_a_run(runs: Path, given: str, of: str | None) -> None:
+    """RUN/average, RUN/best, and RUN as --weights beside its config: the very scores of the run."""
+    summary = json.loads((runs / "on" / "summary.json").read_text())
+    argv = [str(runs / "on" / given)] if given else [str(runs / "on" / "config.yaml"), "--weights", str(runs / "on")]
+    session = Session([sys.executable, "-m", "dist_trainer", "eval", *argv], runs / f"eval-{given}.log")
+    assert session.wait(120) == 0, session.log.read_text()
+    expected = (summary["final"][of] if of else summary["best"])["top1"]
+    assert f"top-1 {expected:.2%}" in session.log.read_text()
