@@ -233,10 +233,8 @@ class Plan:
         return num_steps / self.steps_per_epoch
 
 
-def make_plan(
-    batch: BatchConfig, duration: Duration, *, world: int, num_samples: int, tail: Tail = "mask", repeats: int = 1
-) -> Plan:
-    """The plan of a run. Raises UserError, with a line to paste, for a world or a batch that cannot be."""
+def check_world(batch: BatchConfig, world: int) -> int:
+    """The slots of a step. Raises UserError, with a line to paste, for more ranks than these feed."""
     if world < 1:
         raise UserError(f"a world of {world} ranks cannot train; start at least 1")
     slots = num_slots(batch, world)
@@ -252,6 +250,14 @@ def make_plan(
             f"{slots} micro-batches: {world - slots} ranks would idle. "
             f"Paste: torchrun --nproc-per-node {slots}{change}"
         )
+    return slots
+
+
+def make_plan(
+    batch: BatchConfig, duration: Duration, *, world: int, num_samples: int, tail: Tail = "mask", repeats: int = 1
+) -> Plan:
+    """The plan of a run. Raises UserError, with a line to paste, for a world or a batch that cannot be."""
+    slots = check_world(batch, world)
     if repeats < 1 or slots % repeats:
         legal = ", ".join(str(d) for d in divisors(slots))
         raise UserError(

@@ -8,7 +8,7 @@ from dist_trainer.commands import agent
 from dist_trainer.commands.plan import stop_seconds
 from dist_trainer.config.tree import TrainConfig
 from dist_trainer.errors import UserError, plural
-from dist_trainer.plan import largest_world
+from dist_trainer.plan import check_world, largest_world
 
 
 def ranks_to_start(config: TrainConfig, asked: int | None) -> int:
@@ -27,6 +27,7 @@ def ranks_to_start(config: TrainConfig, asked: int | None) -> int:
         raise UserError(f"--devices: {asked} is no number of devices; write 1 or more")
     if gpus and asked > gpus:
         raise UserError(f"--devices: {asked}: this machine has {plural(gpus, 'GPU')}")
+    check_world(config.batch, asked)
     return asked
 
 

@@ -34,7 +34,7 @@ def command(*argv: str) -> list[str]:
 def test_devices_starts_as_many_ranks_and_ends_as_they_do(here: Path) -> None:
     """Done: 0, told once. By SIGTERM: 3, all ranks stopped, saved. Mutations: one rank; its own argument passed on."""
     session = Session(command("--devices", "2"), here / "log", folder=here)
-    assert session.wait(120) == 0, session.log.read_text()
+    assert session.wait(240) == 0, session.log.read_text()
     assert json.loads((here / "runs" / "run" / "summary.json").read_text())["world"] == 2
     assert session.log.read_text().count("runs/run: done") == 1
     longer = ["--run.name=long", "--duration=1000000step", "--eval.every=null", "--log.every=1step"]
@@ -42,23 +42,26 @@ def test_devices_starts_as_many_ranks_and_ends_as_they_do(here: Path) -> None:
     while "epoch" not in session.log.read_text():
         assert session.process.poll() is None, session.log.read_text()
     os.kill(session.process.pid, signal.SIGTERM)
-    assert session.wait(60) == 3, session.log.read_text()
+    assert session.wait(120) == 3, session.log.read_text()
     assert (here / "runs" / "long" / "STATE").read_text() == "stopped\n"
     assert not session.left_after(15)
 
 
 def test_a_mistake_is_one_line_with_status_2(here: Path) -> None:
-    """Also one that the ranks alone can meet. Mutation: each rank says it."""
-    session = Session(command("--devices=3", "--batch.micro_batch=16"), here / "log", folder=here)
-    assert session.wait(60) == 2
-    (line,) = session.log.read_text().splitlines()
-    assert line.startswith("dist-trainer: 3 ranks")
+    """One that this process meets before it starts ranks, and one that the ranks meet. Mutation: each rank says it."""
+    data = ["--devices=2", "--data.train=no"]
+    both = [(["--devices=3"], "dist-trainer: 3 ranks, but "), (data, "dist-trainer: data.train: no")]
+    for number, (argv, line) in enumerate(both):
+        session = Session(command(*argv), here / f"log{number}", folder=here)
+        assert session.wait(120) == 2
+        (said,) = session.log.read_text().splitlines()
+        assert said.startswith(line)
     assert not (here / "runs").exists()
 
 
 def test_a_launcher_and_devices_exclude_each_other(here: Path) -> None:
     session = Session(torchrun(1, *command("--devices=2")[1:]), here / "log", folder=here)
-    assert session.wait(60) != 0
+    assert session.wait(120) != 0
     assert "--devices: 2: a launcher has started the ranks" in session.log.read_text()
 
 
