@@ -54,8 +54,8 @@ def test_a_mistake_is_one_line_with_status_2(here: Path) -> None:
     for number, (argv, line) in enumerate(both):
         session = Session(command(*argv), here / f"log{number}", folder=here)
         assert session.wait(120) == 2
-        (said,) = session.log.read_text().splitlines()
-        assert said.startswith(line)
+        said = session.log.read_text()
+        assert said.startswith(line) and said.count("\n") == 1, said
     assert not (here / "runs").exists()
 
 

@@ -167,7 +167,7 @@ def test_max_side_makes_large_images_smaller_and_leaves_the_others(tmp_path: Pat
     [
         ("--quality=90", "--quality: "), ("--quality=101 --max_side=9", "--quality: 101"),
         ("--max_side=0", "--max_side: 0"), ("--samples-per-shard=0", "--samples_per_shard: 0"),
-        ("--sed=1", "--sed: no such key"),
+        ("--sed=1", "--sed: no such option; did you mean 'seed'?"),
     ],
 )  # fmt: skip
 def test_options_without_sense_are_refused(tmp_path: Path, argument: str, said: str) -> None:
