@@ -346,6 +346,32 @@ def test_help_has_a_line_for_every_key_and_all_of_a_key_when_asked(
     assert "did you mean 'lr.warmup'?" in refused("train", "--help", "lr.warmp")
 
 
+HEAVY = {
+    "torch",
+    "torchvision",
+    "timm",
+    "deepspeed",
+    "wandb",
+    "webdataset",
+    "matplotlib",
+    "pandas",
+    "botocore",
+    "aiohttp",
+}
+
+
+@pytest.mark.parametrize(
+    ("argv", "needed"), [(["--help"], set()), (["ls"], set()), (["plan", str(FASHION), "--samples=60000"], {"torch"})]
+)
+def test_what_is_heavy_is_imported_where_it_is_used(argv: list[str], needed: set[str]) -> None:
+    """Counted in modules, since seconds depend on the machine. Mutation: torchvision on top of a file."""
+    program = f"import sys; from dist_trainer.commands.main import dispatch; dispatch({argv!r}); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert HEAVY & set(done.stdout.splitlines()[-1].split()) == needed
+
+
 def test_one_process_needs_no_launcher(fashion: list[str], tmp_path: Path) -> None:
     """Fails when DeepSpeed misses a variable that torchrun would have set."""
     argv = [
