@@ -42,17 +42,17 @@ def test_each_config_says_what_it_is_and_plans(path: Path) -> None:
 
 @pytest.mark.slow
 def test_each_config_trains_at_tiny_size(tmp_path: Path) -> None:
-    """Two steps of small images in small batches, everything else as it stands. Fails when keys do not go together."""
+    """A step of small images in small batches, everything else as it stands. Fails when keys do not go together."""
     write_tar(tmp_path / "0.tar", sample_members(48, size=72))
     prepare_index("data.train", str(tmp_path))
     small = [
         f"--data.train={tmp_path}", f"--data.val={tmp_path}", "--data.workers=0", "--wandb.mode=disabled",
-        "--batch.global_batch=24", "--batch.micro_batch=4", "--augment.crop.size=64", "--eval.resize=72",
+        "--batch.global_batch=24", "--batch.micro_batch=2", "--augment.crop.size=64", "--eval.resize=72",
         "--eval.crop=64", "--precise_bn.num_samples=8", "--log.every=1step",
     ]  # fmt: skip
     grown = "--augment.crop.start_size=32"
     argv = {path: [str(path), *small, *([grown] if "start_size" in path.read_text() else [])] for path in CONFIGS}
-    run_jobs(1, [{"name": path.stem, "argv": argv[path], "stop_at": 1} for path in CONFIGS], tmp_path, seconds=900)
+    run_jobs(1, [{"name": path.stem, "argv": argv[path], "stop_at": 0} for path in CONFIGS], tmp_path, seconds=900)
     for path in CONFIGS:
-        assert len(metrics(tmp_path / path.stem, "train/loss")) == 2
+        assert len(metrics(tmp_path / path.stem, "train/loss")) == 1
         assert (tmp_path / path.stem / "STATE").read_text() == "stopped\n"

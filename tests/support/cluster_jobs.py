@@ -37,7 +37,7 @@ def submit(slurm: Slurm, here: Path, *argv: str, options: tuple[str, ...] = ()) 
 def alone(here: Path, *argv: str) -> Path:
     """The folder of an undisturbed run of one process."""
     command = [sys.executable, "-m", "dist_trainer", "train", "small.yaml", *ARGV, *LONG, "--run.name=alone", *argv]
-    subprocess.run(command, cwd=here, env=os.environ | ENVIRONMENT, check=True, capture_output=True, timeout=180)
+    subprocess.run(command, cwd=here, env=os.environ | ENVIRONMENT, check=True, capture_output=True, timeout=600)
     return here / "runs" / "alone"
 
 
@@ -67,7 +67,7 @@ def wait_for(condition: Callable[[], object], said: Callable[[], str], seconds: 
     """Raises AssertionError with what was `said`, after this time or at a mistake."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline and "dist-trainer: " not in said(), said()
+        assert time.monotonic() < deadline and "dist-trainer: " not in said(), said()[-1500:]
         time.sleep(0.1)  # between two looks; the deadline decides
 
 

@@ -216,6 +216,7 @@ def running_slurm(num_nodes: int) -> Iterator[Slurm]:
         yield slurm
     finally:
         slurm.stop()
+        print((folder / "slurmctld.log").read_text()[-4000:])  # pytest shows it when a test failed
         shutil.rmtree(folder, ignore_errors=True)
 
 
