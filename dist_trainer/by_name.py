@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from dist_trainer.errors import UserError, nearest
 from dist_trainer.plan import Duration
@@ -74,6 +74,8 @@ def _other(parameter: inspect.Parameter, value: Any) -> str | None:
         return "true or false" if is_text else None
     if isinstance(default, int | float):
         return f"a number, such as {default}" if is_text else None
+    if default is None and set(get_args(parameter.annotation)) in ({float, type(None)}, {int, type(None)}):
+        return "a number or null" if is_text else None
     if isinstance(default, tuple) and default and all(isinstance(each, int | float) for each in default):
         fixed = get_origin(parameter.annotation) is tuple
         right = isinstance(value, list | tuple) and not any(isinstance(each, str) for each in value)

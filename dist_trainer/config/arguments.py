@@ -166,10 +166,12 @@ def value_of(argv: list[str], name: str) -> str | None:
 def run_folder_argument(argv: list[str], *parts: Part) -> tuple[Path | None, list[str]]:
     """(the run folder that is given instead of a config, or around what is given; the arguments with its config.yaml).
 
-    Of a run at a URL these parts are copied. Raises UserError for a folder that is in no run folder.
+    Of a run at a URL these parts are copied. Raises UserError for a folder that is in no run folder, and for nothing.
     """
     given = argv[0] if argv and not argv[0].startswith("-") else ""
     if not is_remote(given) and not (given and Path(given).is_dir()):
+        if given and not Path(given).exists():
+            raise UserError(f"{given}: no such run folder or config file; dist-trainer runs shows the runs of runs/")
         return None, argv
     folder = local_run(given, parts)
     around = [each for each in list(folder.absolute().parents)[:2] if (each / "identity.json").is_file()]  # RUN/best

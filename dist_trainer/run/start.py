@@ -40,7 +40,7 @@ from dist_trainer.run.step_sums import StepSums
 from dist_trainer.run.weights import Weights
 from dist_trainer.run_folder.environment import git_revision
 from dist_trainer.run_folder.folder import RunConfig, RunFolder
-from dist_trainer.run_folder.identity import auto_name, check_allowed, find_run, identity
+from dist_trainer.run_folder.identity import auto_name, find_run, identity
 from dist_trainer.run_folder.mirror import Mirror
 from dist_trainer.storage.storage import Storage
 from dist_trainer.tricks.batch_norm import RunningStatistics
@@ -107,7 +107,6 @@ def choose_folder(config: RunConfig, stem: str, identity_keys: Mapping[str, Any]
 
     Under `wandb agent` each trial has its own, named after it: handed out again, it goes on there.
     """
-    check_allowed(config.allow_change)
     root = config.root
     trial = os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
     if config.name != "auto" or trial:

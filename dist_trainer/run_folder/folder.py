@@ -17,7 +17,16 @@ from dist_trainer.run_folder import checkpoint, lineage
 from dist_trainer.run_folder.background import BackgroundWriter
 from dist_trainer.run_folder.checkpoint import CheckpointConfig
 from dist_trainer.run_folder.environment import describe_environment
-from dist_trainer.run_folder.identity import FREE, Change, changes, flatten, is_fixed, read_identity, row_of
+from dist_trainer.run_folder.identity import (
+    FREE,
+    Change,
+    changes,
+    check_allowed,
+    flatten,
+    is_fixed,
+    read_identity,
+    row_of,
+)
 from dist_trainer.run_folder.mirror import Mirror
 from dist_trainer.run_folder.owner import Ownership
 from dist_trainer.run_folder.uploader import Uploader
@@ -74,7 +83,8 @@ class RunConfig:
         return self.dir if is_remote(self.dir) else self.mirror
 
     def check(self) -> None:
-        """Raises UserError for places that exclude each other, or hold a secret."""
+        """Raises UserError for places that exclude each other, or hold a secret, and for keys that do not exist."""
+        check_allowed(self.allow_change)
         if is_remote(self.dir) and self.mirror:
             raise UserError(f"run.mirror: {self.mirror}: run.dir is a URL, and is the mirror itself; leave one out")
         for key, place in (("run.dir", self.dir), ("run.mirror", self.mirror)):
