@@ -177,7 +177,8 @@ class Slurm:
     def restart_now(self, job: str, *settings: str, seconds: float = 120) -> None:
         """Once it is in the queue again: Slurm itself would wait two minutes, which its first script needs to end.
 
-        Released earlier, the end of that script would be its own.
+        Released earlier, the end of that script would be its own. In the second in which its node was told to end it,
+        that node would not start it: it goes by credentials dated in whole seconds (Job credential revoked: FAILED 1:0).
         """
         self.wait_for_restart(job, seconds)
         number = job.partition("_")[0]
@@ -185,6 +186,7 @@ class Slurm:
         while self._steps(number) or processes(SLURM_JOB_ID=number, SLURM_CONF=self._config):
             assert time.monotonic() < deadline, self("scontrol", "show", "job", job)
             time.sleep(0.2)  # between two looks; the deadline decides
+        time.sleep(2)
         self("scontrol", "update", f"JobId={job}", "StartTime=now", *settings)
 
     def wait(self, job: str, seconds: float = 120) -> tuple[str, str]:
