@@ -178,7 +178,7 @@ class Slurm:
         """Once it is in the queue again: Slurm itself would wait two minutes, which its first script needs to end.
 
         Released earlier, the end of that script would be its own. In the second in which its node was told to end it,
-        that node would not start it: it goes by credentials dated in whole seconds (Job credential revoked: FAILED 1:0).
+        the node would refuse it: credentials are dated in whole seconds (Job credential revoked: FAILED 1:0).
         """
         self.wait_for_restart(job, seconds)
         number = job.partition("_")[0]
