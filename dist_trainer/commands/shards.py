@@ -5,12 +5,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dist_trainer.config.arguments import Parser, new_parser, parse
 from dist_trainer.distributed.cores import cores
 from dist_trainer.errors import UserError, nearest, plural
 from dist_trainer.storage.secret import refuse_secrets
+
+if TYPE_CHECKING:
+    from dist_trainer.packing.sources import Source
+    from dist_trainer.packing.write import Recipe
 
 
 def _pack(argv: list[str]) -> int:
@@ -35,15 +39,17 @@ def _pack(argv: list[str]) -> int:
     option("samples_per_shard", type=int, default=2048, help="samples per tar")
     option("seed", type=int, default=0, help="of the shuffle over shards, and of the split for validation")
     option("max_side", type=int | None, default=None, help="pixels: larger images become JPEGs with this longer side")
+    option("allow_bad", type=int, default=0, help="images of a split that cannot be used and are left out")
     option("quality", type=int | None, default=None, help="of those JPEGs (default: 95)")
     values = parse(parser, argv)
     if values.quality is not None and values.max_side is None:
         raise UserError("--quality: is that of images that --max_side makes smaller; others are taken as they are")
+    _check_allowed(values.allow_bad)
     from rich.console import Console
 
-    from dist_trainer.data.parallel import progress
-    from dist_trainer.packing.pack import Recipe, pack, unfinished
-    from dist_trainer.packing.splits import find_splits
+    from dist_trainer.packing.pack import BadImagesError, found_bad, unfinished
+    from dist_trainer.packing.splits import SPLITS, find_splits
+    from dist_trainer.packing.write import Recipe
 
     chosen = {name: values[name] for name in ("samples_per_shard", "seed", "max_side", "quality")}
     recipe = Recipe(**{name: value for name, value in chosen.items() if value is not None})
@@ -54,18 +60,35 @@ def _pack(argv: list[str]) -> int:
             labels=values.labels or (),
             val_fraction=values.val_fraction,
             seed=values.seed,
+            found_bad=found_bad(Path(values.out), SPLITS),
         )
+    refused = []
     for split, source in unfinished(splits, Path(values.out), recipe).items():
-        out = Path(values.out) / split
-        began, done = time.monotonic(), 0
-        with progress(f"packing {split}", len(source), in_bytes=False, say=_say) as advance:
-            for samples in pack(source, out, recipe, num_processes=cores(), say=_say):
-                advance(samples)
-                done += samples
-        ignored = f", {source.num_ignored:,} other files ignored" if source.num_ignored else ""
-        rate = f"{done / max(time.monotonic() - began, 1e-3):,.0f} images/s"
-        print(f"{out}: {plural(len(source), 'sample')}, {plural(len(source.class_names), 'class')}{ignored}, {rate}")
+        try:
+            print(_pack_split(source, Path(values.out) / split, recipe, values.allow_bad))
+        except BadImagesError as error:  # those of the other split are told in one go
+            refused.append(str(error))
+    if refused:
+        raise UserError("\n".join(refused))
     return 0
+
+
+def _pack_split(source: "Source", out: Path, recipe: "Recipe", allow_bad: int) -> str:
+    """A line about the result. Raises BadImagesError."""
+    from dist_trainer.data.listing import left_out_text
+    from dist_trainer.data.parallel import progress
+    from dist_trainer.packing.pack import BAD_FILE, pack
+    from dist_trainer.packing.write import read_bad
+
+    began, done = time.monotonic(), 0
+    with progress(f"packing {out.name}", len(source), in_bytes=False, say=_say) as advance:
+        for samples in pack(source, out, recipe, num_processes=cores(), allow_bad=allow_bad, say=_say):
+            advance(samples)
+            done += samples
+    bad = len(read_bad(out / BAD_FILE))
+    rest = left_out_text(source.left_out) + (f"; {plural(bad, 'bad image')} left out ({BAD_FILE})" if bad else "")
+    rate = f"{done / max(time.monotonic() - began, 1e-3):,.0f} images/s"
+    return f"{out}: {plural(len(source) - bad, 'sample')}, {plural(len(source.class_names), 'class')}, {rate}{rest}"
 
 
 def _say(line: str) -> None:
@@ -88,8 +111,7 @@ def _index(argv: list[str]) -> int:
     values = parse(parser, argv)
     _check_processes(values.processes)
     refuse_secrets("--storage_options", values.storage_options or {})
-    if values.allow_bad < 0:
-        raise UserError(f"--allow_bad: {values.allow_bad} is negative")
+    _check_allowed(values.allow_bad)
     from dist_trainer.shards.prepare import index_shards
 
     print(
@@ -153,6 +175,11 @@ def _add_storage_options(parser: Parser) -> None:
 
 def _add_processes(parser: Parser) -> None:
     parser.add_argument("--processes", type=int, default=cores(), help="how many shards are read at a time")
+
+
+def _check_allowed(allow_bad: int) -> None:
+    if allow_bad < 0:
+        raise UserError(f"--allow_bad: {allow_bad} is negative")
 
 
 def _check_processes(processes: int) -> None:

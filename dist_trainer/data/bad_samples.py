@@ -17,17 +17,20 @@ from dist_trainer.errors import plural
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that cannot be used; `kind` is crc (other bytes than indexed), decode or label."""
+    """A sample that cannot be used; `kind` is crc (other bytes than indexed), decode or label; `source` the name that its
+    file had before it was packed, or None.
+    """
 
     sample: int
     kind: str
     shard: str
     reason: str
+    source: str | None = None
 
     @classmethod
     def of(cls, index: ShardIndex, sample: int, bad: Bad) -> "BadSample":
         shard = int(index.shard_of(np.array([sample]))[0])
-        return cls(sample, bad.kind, index.file_of(sample, shard), bad.reason)
+        return cls(sample, bad.kind, index.file_of(sample, shard), bad.reason, index.source_of(sample))
 
 
 def budget(max_bad: int | str, num_samples: int) -> int:

@@ -8,8 +8,8 @@ change or ETag. A shard is a tar; of an image folder it is a class folder, and t
 import errno
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +19,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from dist_trainer.data.listing import LISTING
+from dist_trainer.data.texts import Texts
 from dist_trainer.errors import LocalError, UserError
 from dist_trainer.storage.atomic import replacing
 
@@ -61,9 +63,14 @@ class ShardIndex:
     """Where the labels are, as `shards index --label` writes it."""
     problems: tuple[Problem, ...] = ()
     """Bad samples that were accepted when the index was built; each has a row with the label BAD."""
-    names: npt.NDArray[np.uint8] | None = None
-    """UTF-8 file names of an image folder's samples, end to end; None for tars."""
-    name_ends: npt.NDArray[np.uint64] | None = None
+    names: Texts | None = None
+    """Of an image folder: each sample's file, relative to its class folder. None for tars."""
+    sources: Texts | None = None
+    """Of tars that `shards pack` wrote: each sample's file as it was named before. "" where it had no name."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """How many files beside the images are none, by suffix."""
+    listing: int = LISTING
+    """Of an image folder: by which rules its files were listed (data/listing.py)."""
     path: ClassVar[str] = ""
     """The local file that this was read from; "" for an index that was not loaded."""
 
@@ -106,18 +113,20 @@ class ShardIndex:
     def file_of(self, sample: int, shard: int) -> str:
         """Local path or URL of the file that holds `sample`: its tar, or its image in an image folder."""
         path = self.shard_path(shard)
-        if self.names is None or self.name_ends is None:
-            return path
-        start = int(self.name_ends[sample - 1]) if sample else 0
-        return f"{path}/{self.names[start : int(self.name_ends[sample])].tobytes().decode()}"
+        return path if self.names is None else f"{path}/{self.names[sample]}"
+
+    def source_of(self, sample: int) -> str | None:
+        """The name that its file had before it was packed, if that is known."""
+        return (self.sources[sample] or None) if self.sources is not None else None
 
     def describe(self, sample: int) -> str:
-        """`shard.tar, sample 7 at byte 512`: for messages about one sample."""
+        """`shard.tar, sample 7 at byte 512 (cat/1.jpg)`: for messages about one sample."""
         shard = int(self.shard_of(np.array([sample]))[0])
         if self.names is not None:
             return self.file_of(sample, shard)
         offset = int(self.samples["offset"][sample])
-        return f"{self.shard_path(shard)}, sample {sample - int(self.first[shard])} at byte {offset}"
+        source = f" ({name})" if (name := self.source_of(sample)) else ""
+        return f"{self.shard_path(shard)}, sample {sample - int(self.first[shard])} at byte {offset}{source}"
 
     def save(self, path: Path) -> None:
         """Write atomically: an index that exists is whole. Raises OSError."""
@@ -126,8 +135,10 @@ class ShardIndex:
             "shard_first": self.first,
             "shard_size": self.sizes,
         }
-        if self.names is not None and self.name_ends is not None:
-            arrays |= {"names": self.names, "name_ends": self.name_ends}
+        if self.names is not None:
+            arrays |= {"names": self.names.data, "name_ends": self.names.ends}
+        if self.sources is not None:
+            arrays |= {"__source__": self.sources.data, "source_ends": self.sources.ends}
         metadata = {
             "format": f"dist_trainer index {VERSION}",
             "root": "." if Path(self.root) == path.absolute().parent else self.root,
@@ -136,6 +147,8 @@ class ShardIndex:
             "class_names": json.dumps(self.class_names),
             "label_rule": self.label_rule,
             "problems": json.dumps([[p.shard, p.offset, p.reason, p.sample] for p in self.problems]),
+            "left_out": json.dumps(self.left_out),
+            "listing": str(self.listing),
             "fingerprint": self.fingerprint,
         }
         with replacing(path, shared=True) as temporary:
@@ -163,8 +176,10 @@ class ShardIndex:
                 class_names=tuple(json.loads(metadata["class_names"])),
                 label_rule=metadata.get("label_rule", "cls"),
                 problems=tuple(Problem(*each) for each in json.loads(metadata["problems"])),
-                names=arrays.get("names"),
-                name_ends=arrays.get("name_ends"),
+                names=Texts(arrays["names"], arrays["name_ends"]) if "names" in arrays else None,
+                sources=Texts(arrays["__source__"], arrays["source_ends"]) if "__source__" in arrays else None,
+                left_out=json.loads(metadata.get("left_out", "{}")),
+                listing=int(metadata.get("listing", "1")),
             )
             index.__dict__["path"] = str(path)
             if verify and index.fingerprint != metadata["fingerprint"]:
@@ -217,10 +232,3 @@ def _map(path: Path) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:
             raise ValueError("it is cut short")
         arrays[name] = np.asarray(whole[start:end]).view(dtypes[entry["dtype"]]).reshape(entry["shape"])
     return metadata, arrays
-
-
-def join_names(names: Sequence[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64]]:
-    """(names, name_ends) of an image folder's files, as ShardIndex holds them."""
-    encoded = [name.encode() for name in names]
-    ends = np.cumsum([len(name) for name in encoded], dtype=np.uint64)
-    return np.frombuffer(b"".join(encoded), np.uint8), ends

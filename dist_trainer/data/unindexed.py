@@ -15,6 +15,7 @@ from dist_trainer.data.augment import Augment, crop_boxes
 from dist_trainer.data.batch import Batch, SlotAddress
 from dist_trainer.data.config import DataConfig
 from dist_trainer.data.decode import decode, resize
+from dist_trainer.data.listing import IMAGE_SUFFIXES, SUFFIXES_TEXT, passed_over
 from dist_trainer.draws import STREAM, hashes, key, permutation
 from dist_trainer.errors import UserError
 from dist_trainer.storage.storage import Storage
@@ -24,7 +25,6 @@ SAID = (
     "after a restart, equal shares of the shards, and that damaged tars or images are noticed"
 )
 _SHUFFLE = 1000  # samples in webdataset's buffer, per reader
-_IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,18 @@ class TarStream(IterableDataset[Batch]):
         shuffled = webdataset.shuffle(
             _SHUFFLE, initial=_SHUFFLE // 4, rng=random.Random(key(STREAM, self._seed, start, reader))
         )
-        tars = tar_file_expander(self._shards(reader, readers, start), webdataset.reraise_exception)
+        tars = tar_file_expander(
+            self._shards(reader, readers, start),
+            webdataset.reraise_exception,
+            select_files=lambda name: not passed_over(name),
+        )
         failed = 0
         for sample in shuffled(group_by_keys(tars)):
-            data = next((sample[suffix] for suffix in _IMAGES if suffix in sample), None)
+            data = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
             if data is None or "cls" not in sample:
                 raise UserError(
                     f"data.train: sample {sample.get('__key__')!r} of {sample.get('__url__')} has no image "
-                    f"({', '.join(_IMAGES)}) or no .cls"
+                    f"({SUFFIXES_TEXT}) or no .cls"
                 )
             try:
                 label = int(sample["cls"])

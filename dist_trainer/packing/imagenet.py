@@ -9,14 +9,16 @@ import io
 import os
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 
+from dist_trainer.data.listing import is_image, passed_over, suffix_of
 from dist_trainer.errors import UserError
-from dist_trainer.packing.sources import ListedImages, Source, is_image, require_classes
+from dist_trainer.packing.sources import Labels, ListedImages, Source, require_classes
 
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -29,10 +31,15 @@ class TarImages(ListedImages):
     """Images inside one tar, or inside tars in it."""
 
     def __init__(
-        self, tar: Path, images: list[_Span], labels: list[int], class_names: tuple[str, ...], num_ignored: int
+        self, tar: Path, images: list[_Span], labels: list[int], class_names: tuple[str, ...], left_out: Counter[str]
     ) -> None:
-        super().__init__(tar, [name for name, _, _ in images], labels, class_names, num_ignored)
+        super().__init__(tar, [name for name, _, _ in images], labels, class_names, left_out)
         self._spans = np.array([(offset, size) for _, offset, size in images], np.int64)
+
+    def part(self, items: Labels) -> "TarImages":
+        part = cast("TarImages", super().part(items))
+        part._spans = self._spans[items]
+        return part
 
     def bytes_of(self, item: int) -> bytes:
         offset, size = self._spans[item].tolist()
@@ -70,13 +77,13 @@ def _open(tar: Path) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
 
 def _train(tar: Path) -> Source:
     classes: dict[str, list[_Span]] = {}
-    num_ignored = 0
+    left_out: Counter[str] = Counter()
     with _open(tar) as (outer, file):
         for member in _files(outer, file, str(tar)):
             inside = outer.extractfile(member)
             name = PurePosixPath(member.name)
             if name.suffix != ".tar" or inside is None:
-                num_ignored += 1
+                left_out[suffix_of(member.name)] += not passed_over(member.name)
                 continue
             images = classes.setdefault(name.stem, [])
             where = f"{tar}/{member.name}"
@@ -85,8 +92,8 @@ def _train(tar: Path) -> Source:
                     if is_image(each.name):
                         offset = member.offset_data + each.offset_data
                         images.append((f"{name.stem}/{PurePosixPath(each.name).name}", offset, each.size))
-                    else:
-                        num_ignored += 1
+                    elif not passed_over(each.name):
+                        left_out[suffix_of(each.name)] += 1
             if not images:
                 raise UserError(f"{where}: no images inside")
     if not classes:
@@ -94,7 +101,7 @@ def _train(tar: Path) -> Source:
     names = tuple(sorted(classes))
     in_order = [image for name in names for image in sorted(classes[name])]
     labels = [label for label, name in enumerate(names) for _ in classes[name]]
-    return TarImages(tar, in_order, labels, names, num_ignored)
+    return TarImages(tar, in_order, labels, names, left_out)
 
 
 def _val(tar: Path) -> Source:
@@ -103,12 +110,13 @@ def _val(tar: Path) -> Source:
         members = _files(flat, file, str(tar))
         files = [(PurePosixPath(member.name).name, member.offset_data, member.size) for member in members]
     images = sorted(file for file in files if is_image(file[0]))
+    left_out = Counter(suffix_of(name) for name, _, _ in files if not is_image(name) and not passed_over(name))
     if len(images) != len(truth):
         raise UserError(f"{tar}: {len(images):,} images, but {DEVKIT} has the classes of {len(truth):,}")
     names = tuple(sorted(synsets.values()))
     numbers = {name: number for number, name in enumerate(names)}
     labels = [numbers[synsets[number]] for number in truth]
-    return TarImages(tar, images, labels, names, len(files) - len(images))
+    return TarImages(tar, images, labels, names, left_out)
 
 
 def _read_devkit(devkit: Path) -> tuple[list[int], dict[int, str]]:

@@ -2,12 +2,12 @@
 
 import csv
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
+from dist_trainer.data.listing import IMAGE_SUFFIXES, SUFFIXES_TEXT, list_images, suffix_of
 from dist_trainer.errors import UserError
-from dist_trainer.packing.sources import ListedImages, few, listed_images, require_classes, suffix_of
-from dist_trainer.shards.scan import IMAGE_SUFFIXES
+from dist_trainer.packing.sources import ListedImages, few, require_classes
 
 
 def _bare(name: str) -> str:
@@ -42,10 +42,18 @@ class LabelledFolder(ListedImages):
     name, or its number in `class_names`, those of training. Without them the table defines the classes.
     """
 
-    def __init__(self, root: Path, table: Path, class_names: tuple[str, ...] | None = None) -> None:
-        files, num_ignored = listed_images(root)
+    def __init__(
+        self,
+        root: Path,
+        table: Path,
+        class_names: tuple[str, ...] | None = None,
+        found_bad: Mapping[str, str] | None = None,
+    ) -> None:
+        listing = list_images(root)
+        gone = {file: name for file, name in (found_bad or {}).items() if file not in set(listing.images)}
+        files = sorted([*listing.images, *gone])
         if not files:
-            raise UserError(f"{root}: no images ({', '.join(IMAGE_SUFFIXES)})")
+            raise UserError(f"{root}: no images ({SUFFIXES_TEXT})")
         present = {_bare(file) for file in files}
         _refuse(root, "images have the same name as another one", _repeated(_bare(file) for file in files))
         rows = _read_table(table)
@@ -54,9 +62,12 @@ class LabelledFolder(ListedImages):
         classes = {_bare(name): _class_of(cell) for name, cell in rows}
         _refuse(table, "images are named twice", _repeated(_bare(name) for name, _ in rows))
         _refuse(table, f"images are not in {root}", classes.keys() - present)
-        _refuse(root, f"images have no class in {table}", present - classes.keys())
+        _refuse(root, f"images have no class in {table}", present - classes.keys() - {_bare(file) for file in gone})
         numbers, names = _number_classes(table, set(classes.values()), class_names)
-        super().__init__(root, files, [numbers[classes[_bare(file)]] for file in files], names, num_ignored)
+        labels = [
+            numbers[classes[_bare(file)]] if _bare(file) in classes else names.index(gone[file]) for file in files
+        ]
+        super().__init__(root, files, labels, names, listing.left_out, gone)
 
 
 def _class_of(cell: str) -> str:

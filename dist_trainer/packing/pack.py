@@ -2,176 +2,53 @@
 
 import contextlib
 import fcntl
-import io
 import json
-import os
-import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import webdataset
-from PIL import Image
-
-from dist_trainer.data.index import FILE_NAME, SAMPLE
+from dist_trainer.data.index import FILE_NAME
 from dist_trainer.distributed.processes import die_with_parent
 from dist_trainer.draws import permutation
 from dist_trainer.errors import UserError, plural
 from dist_trainer.packing.sources import Source
+from dist_trainer.packing.write import GO_ON, BadImage, Recipe, Shard, Written, read_bad, write_bad
 from dist_trainer.shards.classes import CLASSES_FILE
-from dist_trainer.shards.scan import LABEL_SUFFIX, ShardScan, join, scan_tar
+from dist_trainer.shards.join import join
 
 MANIFEST = "pack.json"
+BAD_FILE = "bad.json"
+"""Beside the tars: the images that are not in them, and why."""
 _LOCK = "lock"
-_SOURCE = "source.pickle"
-_UNFINISHED = ".part"
-_MAX_SIDE = np.iinfo(SAMPLE["width"]).max  # pixels
+_SHOWN = 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How images become tars. Source and recipe determine every byte of the tars."""
+class BadImagesError(UserError):
+    """Images that cannot be used, more than are allowed."""
 
-    samples_per_shard: int = 2048
-    seed: int = 0
-    """Of the shuffle over shards."""
-    max_side: int | None = None
-    """Pixels: an image with a longer side is reduced and encoded as JPEG; others are copied byte for byte."""
-    quality: int = 95
-    """Of the JPEGs that `max_side` makes."""
+    def __init__(self, bad: Sequence[BadImage], folder: Path, allowed: int) -> None:
+        self.bad, self.folder, self.allowed = tuple(bad), folder, allowed
+        super().__init__("\n".join(self._lines()))
 
-    def __post_init__(self) -> None:
-        for name in ("samples_per_shard", "max_side"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name}: {value} is not positive")
-        if not 1 <= self.quality <= 100:
-            raise UserError(f"--quality: {self.quality} is not between 1 and 100")
-
-    def manifest(self, source: Source) -> dict[str, Any]:
-        """The content of pack.json. Equal manifests mean equal tars, byte for byte."""
-        facts = {"version": 1, **source.facts, "samples": len(source), **asdict(self)}
-        return {**facts, "class_names": list(source.class_names)}
+    def _lines(self) -> Iterator[str]:
+        where = self.bad[0].source
+        yield (
+            f"{where}: {plural(len(self.bad), 'image')} cannot be used, where --allow_bad is {self.allowed}; repair or "
+            f"remove them and start the same command again, which goes on; or --allow_bad {len(self.bad)}"
+        )
+        yield from (f"  {bad.source}/{bad.image}: {bad.reason}" for bad in self.bad[:_SHOWN])
+        if len(self.bad) > _SHOWN:
+            yield f"  and {len(self.bad) - _SHOWN:,} more; {self.folder / BAD_FILE} lists them all"
 
 
-@dataclass(frozen=True)
-class _Shard:
-    number: int
-    path: Path
-    items: npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class _Writer:
-    """Writes shards of one source; every worker process reads it once."""
-
-    source: Source
-    recipe: Recipe
-
-    def write(self, shard: _Shard) -> ShardScan:
-        """The scan of `shard`, which is written first unless it exists, under another name until it is complete."""
-        if shard.path.exists():
-            return scan_tar(shard.path)
-        unfinished = shard.path.with_name(shard.path.name + _UNFINISHED)
-        try:
-            with unfinished.open("wb") as file:
-                self._write_to(file, shard)
-                file.flush()
-                os.fsync(file.fileno())  # a full disk is detected here at the latest, on NFS too
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise UserError(f"{shard.path}: {error.strerror or error}; {_GO_ON}") from None
-        try:
-            scan = scan_tar(unfinished)
-        except UserError:
-            self._blame(shard)
-            raise
-        unfinished.replace(shard.path)
-        return scan
-
-    def _write_to(self, file: io.BufferedWriter, shard: _Shard) -> None:
-        with webdataset.ShardWriter(
-            "%06d.tar",
-            opener=lambda name: file,
-            start_shard=shard.number,
-            maxcount=len(shard.items) + 1,
-            maxsize=1 << 62,
-            verbose=0,
-            mtime=0.0,
-        ) as writer:
-            for item in shard.items.tolist():
-                data, suffix, label = self.source.read(item)
-                if self.recipe.max_side is not None:
-                    data, suffix = shrink(
-                        data, suffix, self.recipe.max_side, self.recipe.quality, self.source.name(item)
-                    )
-                writer.write({"__key__": f"{item:08d}", suffix: data, LABEL_SUFFIX: str(label).encode()})
-
-    def _blame(self, shard: _Shard) -> None:
-        """Raises UserError that names the image for which the scan refused the shard; the scan knows only its byte."""
-        for item in shard.items.tolist():
-            name = self.source.name(item)
-            width, height = _size(self.source.read(item)[0], name)
-            if max(width, height) > _MAX_SIDE:
-                raise UserError(f"{name}: {width:,} x {height:,} pixels; an index holds {_MAX_SIDE:,} a side at most")
-
-
-_GO_ON = "finished tars stay, and the same command continues from there"
-
-
-def _size(data: bytes, name: str) -> tuple[int, int]:
-    """(width, height) from an image's header. Raises UserError naming it when there is none."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.size
-    except Exception as error:  # Pillow's plugins raise whatever they meet
-        found = f"{len(data):,} bytes, {data[:16]!r}" if data else "empty"
-        kind = "" if isinstance(error, OSError) else f" ({error})"
-        raise UserError(f"{name}: not a readable image{kind}: {found}; repair or remove it") from None
-
-
-def shrink(data: bytes, suffix: str, max_side: int, quality: int, name: str) -> tuple[bytes, str]:
-    """The image with `max_side` pixels on its longer side, or unchanged if it is not longer.
-
-    Decoded as the trainer decodes, made smaller by Pillow's LANCZOS filter (antialiased), encoded as RGB JPEG without
-    EXIF, whatever it was before; its orientation is not applied. Raises UserError naming an image that does not decode.
-    """
-    width, height = _size(data, name)
-    longer = max(width, height)
-    if longer <= max_side:
-        return data, suffix
-    from dist_trainer.data.decode import decode
-
-    try:
-        pixels = decode(data, 3).permute(1, 2, 0).numpy()
-    except ValueError as error:
-        raise UserError(f"{name}: {error}; repair or remove it") from None
-    size = [max(1, round(side * max_side / longer)) for side in (width, height)]
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((size[0], size[1]), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue(), "jpg"
-
-
-_writer: _Writer  # of this worker process
-
-
-def _init_worker(writer: Path) -> None:
-    global _writer  # noqa: PLW0603
+def _init_worker() -> None:
     die_with_parent(signal.SIGKILL)
-    _writer = pickle.loads(writer.read_bytes())
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on Ctrl-C ends it at once, without a traceback
-
-
-def _write(shard: _Shard) -> ShardScan:
-    return _writer.write(shard)
 
 
 @contextlib.contextmanager
@@ -187,33 +64,36 @@ def _deaf_to_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _write_all(writer: _Writer, shards: Sequence[_Shard], num_processes: int) -> Iterator[ShardScan]:
-    """The shards' scans, in order; in this process when one is enough."""
+def _write_all(shards: Sequence[Shard], num_processes: int) -> Iterator[Written]:
+    """The finished shards, in order; in this process when one is enough."""
     num_processes = min(num_processes, len(shards))
     if num_processes <= 1:
-        yield from map(writer.write, shards)
+        yield from map(Shard.write, shards)
         return
-    # By a file: the arguments of a new process go through a pipe. A large source fills it until the process has
-    # imported everything, so processes would start one after the other.
-    file = shards[0].path.with_name(_SOURCE)
-    file.write_bytes(pickle.dumps(writer))
-    with ProcessPoolExecutor(
-        num_processes, mp_context=get_context("spawn"), initializer=_init_worker, initargs=(file,)
-    ) as pool:
+    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"), initializer=_init_worker) as pool:
         try:
             with _deaf_to_interrupts():
-                scans = pool.map(_write, shards)
-            yield from scans
+                written = pool.map(Shard.write, shards)
+            yield from written
         except BrokenProcessPool:
-            raise UserError(f"a worker process was killed, maybe for lack of memory; {_GO_ON}") from None
+            raise UserError(f"a worker process was killed, maybe for lack of memory; {GO_ON}") from None
         finally:
             pool.shutdown(cancel_futures=True)
-    file.unlink()
 
 
 def partial_folder(out: Path) -> Path:
     """The folder of `out`'s tars until all are written."""
     return out.with_name(f".{out.name}.partial")
+
+
+def found_bad(out: Path, splits: Sequence[str]) -> Mapping[str, Mapping[str, str]]:
+    """{source: {image: class}} of the images that the same command left out before, of all its splits."""
+    found: dict[str, dict[str, str]] = {}
+    for folder in [place for split in splits for place in (partial_folder(out / split), out / split)]:
+        for file in folder.glob(f"*{BAD_FILE}"):
+            for bad in read_bad(file):
+                found.setdefault(bad.source, {})[bad.image] = bad.class_name
+    return found
 
 
 @contextlib.contextmanager
@@ -244,7 +124,7 @@ def _begin(folder: Path, manifest: dict[str, Any], say: Callable[[str], None]) -
     keep = {_LOCK}
     if before == manifest:
         finished = [path.name for path in folder.glob("*.tar")]
-        keep |= {MANIFEST, *finished}
+        keep |= {MANIFEST, *finished, *(path.name for path in folder.glob(f"*{BAD_FILE}"))}
         say(f"{folder}: continues, {plural(len(finished), 'tar')} there")
     elif before is not None:
         other = ", ".join(key for key in manifest if before.get(key) != manifest[key])
@@ -262,36 +142,53 @@ def pack(
     recipe: Recipe,
     *,
     num_processes: int,
+    allow_bad: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[int]:
-    """Write `source` into `out`/000000.tar ... and `out`/index.dtx, shuffled; yields samples done, shard by shard.
+    """Write `source` into `out`/000000.tar ... and `out`/index.dtx, shuffled; yields images done, shard by shard.
 
-    `out` appears when it is complete, with pack.json (source and recipe) and classes.txt. After a kill, the same call
-    writes the missing tars. Raises UserError if `out` exists, for a file that is not an image, and for errors of the
-    file system.
+    `out` appears when it is complete, with pack.json (source and recipe), classes.txt and, if images were left out,
+    bad.json. After a kill, the same call writes the missing tars. Raises UserError if `out` exists, for an image that
+    cannot be read, and for errors of the file system; at the end BadImagesError for more than `allow_bad` images that
+    cannot be used. Those that were removed since an earlier call found them bad do not count.
     """
     if out.exists():
         raise UserError(f"{out}: exists; remove it, or name another folder")
     folder = partial_folder(out)
     order = permutation(len(source), recipe.seed)
+    runs = [order[start : start + recipe.samples_per_shard] for start in range(0, len(order), recipe.samples_per_shard)]
     shards = [
-        _Shard(number, folder / f"{number:06d}.tar", order[start : start + recipe.samples_per_shard])
-        for number, start in enumerate(range(0, len(source), recipe.samples_per_shard))
+        Shard(folder / f"{number:06d}.tar", number, items, source.part(items), recipe)
+        for number, items in enumerate(runs)
     ]
-    scans: list[ShardScan] = []
+    written: list[Written] = []
     try:
         with _claimed(folder):
             _begin(folder, recipe.manifest(source), say)
-            for shard, scan in zip(shards, _write_all(_Writer(source, recipe), shards, num_processes), strict=True):
-                scans.append(scan)
+            for shard, done in zip(shards, _write_all(shards, num_processes), strict=True):
+                written.append(done)
                 yield len(shard.items)
-            index = join([shard.path.name for shard in shards], scans, source.class_names)
-            (folder / CLASSES_FILE).write_text("".join(f"{name}\n" for name in index.class_names), encoding="utf-8")
-            index.save(folder / FILE_NAME)
-            (folder / _LOCK).unlink()
+            _finish(folder, source, shards, written, allow_bad)
             folder.replace(out)
     except OSError as error:
-        raise UserError(f"{error.filename or out}: {error.strerror or error}; {_GO_ON}") from None
+        raise UserError(f"{error.filename or out}: {error.strerror or error}; {GO_ON}") from None
+
+
+def _finish(folder: Path, source: Source, shards: Sequence[Shard], written: Sequence[Written], allow_bad: int) -> None:
+    """What lies beside the finished tars. Raises BadImagesError."""
+    bad = sorted((each for done in written for each in done.bad), key=lambda each: each.item)
+    if bad:
+        write_bad(folder / BAD_FILE, bad)
+    if sum(not each.is_gone for each in bad) > allow_bad:
+        raise BadImagesError([each for each in bad if not each.is_gone], folder, allow_bad)
+    left_out = {each.item for each in bad}
+    names = (source.own_name(item) for shard in shards for item in shard.items.tolist() if item not in left_out)
+    scans = [done.scan for done in written]
+    index = join([shard.path.name for shard in shards], scans, source.class_names, sources=names)
+    (folder / CLASSES_FILE).write_text("".join(f"{name}\n" for name in index.class_names), encoding="utf-8")
+    index.save(folder / FILE_NAME)
+    for path in [folder / _LOCK, *folder.glob(f"*.{BAD_FILE}")]:
+        path.unlink()
 
 
 def unfinished(splits: dict[str, Source], out: Path, recipe: Recipe) -> dict[str, Source]:

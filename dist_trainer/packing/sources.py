@@ -3,27 +3,27 @@
 import hashlib
 import inspect
 import io
-import os
-from collections.abc import Collection, Sequence
-from pathlib import Path, PurePath
+from collections.abc import Collection, Mapping, Sequence
+from copy import copy
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from dist_trainer.data.listing import SUFFIXES_TEXT, class_folders, left_out_above, list_images, suffix_of
+from dist_trainer.data.texts import Texts
 from dist_trainer.errors import UserError, nearest
-from dist_trainer.shards.scan import IMAGE_SUFFIXES
 
 Labels = npt.NDArray[np.int64]
 
 
 class Source(Protocol):
-    """Labelled images by number. Small enough to be sent to worker processes: names are in arrays, no image is in
-    memory."""
+    """Labelled images by number. Names are in arrays, no image is in memory."""
 
     class_names: tuple[str, ...]
-    num_ignored: int
-    """Files among the images that are not images."""
+    left_out: Mapping[str, int]
+    """How many files among the images are none, by suffix."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -31,8 +31,17 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def own_name(self, item: int) -> str:
+        """An image's name within the source, to be kept in the index."""
+
     def name(self, item: int) -> str:
         """An image's name in messages."""
+
+    def is_gone(self, item: int) -> bool:
+        """Whether it was found bad by an earlier command, and has been removed since: it keeps its number."""
+
+    def part(self, items: Labels) -> "Source":
+        """The images with these numbers, small enough to be sent to a worker process with its task."""
 
     def labels(self) -> Labels:
         """The class of every image. This may have to decode them all."""
@@ -46,15 +55,6 @@ def few(names: Collection[str]) -> str:
     return ", ".join(repr(name) for name in sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def suffix_of(name: str) -> str:
-    return PurePath(name).suffix.lower().lstrip(".")
-
-
-def is_image(name: str) -> bool:
-    """By the suffix, in any case. Hidden files do not count (macOS writes `._cat.JPEG` beside `cat.JPEG`)."""
-    return suffix_of(name) in IMAGE_SUFFIXES and not PurePath(name).name.startswith(".")
-
-
 def require_classes(where: object, found: Collection[str], expected: Sequence[str]) -> None:
     """Raises UserError unless the images' classes are those of training, all of them."""
     unknown, missing = set(found) - set(expected), set(expected) - set(found)
@@ -65,23 +65,28 @@ def require_classes(where: object, found: Collection[str], expected: Sequence[st
 
 
 class ListedImages:
-    """Images named in a list. 1.28 M names take 60 MB in arrays, and 150 MB as Python objects."""
+    """Images named in a list, relative to `root`."""
 
     def __init__(
-        self, root: Path, names: Sequence[str], labels: Sequence[int], class_names: tuple[str, ...], num_ignored: int
+        self,
+        root: Path,
+        names: Sequence[str],
+        labels: Sequence[int],
+        class_names: tuple[str, ...],
+        left_out: Mapping[str, int],
+        gone: Collection[str] = (),
     ) -> None:
-        encoded = [os.fsencode(name) for name in names]
         self.root = root
-        self._names = np.frombuffer(b"".join(encoded), np.uint8)
-        self._ends = np.cumsum([0, *(len(name) for name in encoded)], dtype=np.int64)
+        self._gone = frozenset(gone)
+        self._names = Texts.of(names)
         self._labels = np.array(labels, np.int64)
         self.class_names = class_names
-        self.num_ignored = num_ignored
+        self.left_out = left_out
 
     @property
     def facts(self) -> dict[str, Any]:
-        digest = hashlib.sha256(self._names.data)
-        digest.update(self._ends.data)
+        digest = hashlib.sha256(self._names.data.data)
+        digest.update(np.concatenate([[0], self._names.ends.astype(np.int64)]).data)
         digest.update(self._labels.data)
         return {"source": str(self.root.resolve()), "listing": digest.hexdigest()}
 
@@ -91,62 +96,91 @@ class ListedImages:
     def labels(self) -> Labels:
         return self._labels
 
+    def own_name(self, item: int) -> str:
+        return self._names[item]
+
     def name(self, item: int) -> str:
-        return f"{self.root}/{os.fsdecode(self._names[self._ends[item] : self._ends[item + 1]].tobytes())}"
+        return f"{self.root}/{self._names[item]}"
+
+    def is_gone(self, item: int) -> bool:
+        return self._names[item] in self._gone
+
+    def part(self, items: Labels) -> "ListedImages":
+        part = copy(self)
+        part._names = Texts.of(self._names[item] for item in items.tolist())
+        part._labels = self._labels[items]
+        return part
 
     def bytes_of(self, item: int) -> bytes:
         """The image's file content. May raise OSError."""
         return Path(self.name(item)).read_bytes()
 
     def read(self, item: int) -> tuple[bytes, str, int]:
-        name = self.name(item)
         try:
-            return self.bytes_of(item), suffix_of(name), int(self._labels[item])
+            return self.bytes_of(item), suffix_of(self._names[item]), int(self._labels[item])
         except OSError as error:
-            raise UserError(f"{name}: {error.strerror or error}") from None
-
-
-def listed_images(folder: Path) -> tuple[list[str], int]:
-    """(sorted paths of the images below `folder` relative to it, the number of other files); links are followed."""
-
-    def refuse(error: OSError) -> None:  # os.walk would skip a folder that it may not read
-        raise UserError(f"{error.filename}: {error.strerror}")
-
-    images: list[str] = []
-    num_ignored = 0
-    for current, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = "" if current == str(folder) else f"{os.path.relpath(current, folder)}/"
-        found = [f"{below}{name}" for name in files if is_image(name)]
-        images += found
-        num_ignored += len(files) - len(found)
-    return sorted(images), num_ignored
+            raise UserError(f"{self.name(item)}: {error.strerror or error}") from None
 
 
 class FolderSource(ListedImages):
-    """`root`/CLASS/*.jpg: class numbers follow the sorted class names; files are copied byte for byte."""
+    """`root`/CLASS/*.jpg: class numbers follow the sorted class names; files are copied byte for byte.
 
-    def __init__(self, root: Path) -> None:
-        entries = sorted(root.iterdir())
-        folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    `found_bad`: {image: class} of those that an earlier command left out.
+    """
+
+    def __init__(self, root: Path, found_bad: Mapping[str, str] | None = None) -> None:
         names: list[str] = []
         labels: list[int] = []
-        num_ignored = sum(entry.is_file() for entry in entries)
-        empty = []
+        left_out, empty = left_out_above(root), []
+        folders, all_gone = class_folders(root), set[str]()
         for label, folder in enumerate(folders):
-            images, others = listed_images(folder)
-            names += [f"{folder.name}/{image}" for image in images]
-            labels += [label] * len(images)
-            num_ignored += others
-            if not images:
-                empty.append(folder.name)
+            listing = list_images(root / folder)
+            there = {f"{folder}/{image}" for image in listing.images}
+            gone = {image for image in found_bad or () if image.startswith(f"{folder}/")} - there
+            all_gone |= gone
+            names += sorted(there | gone)
+            labels += [label] * len(there | gone)
+            left_out += listing.left_out
+            if not listing.images:
+                empty.append(folder)
         if not names:
-            flat = any(is_image(entry.name) for entry in entries)
+            flat = list_images(root, below=False).images
             remedy = f"; images without class folders need --labels {root.name}=CSV" if flat else ""
-            raise UserError(f"{root}: no images ({', '.join(IMAGE_SUFFIXES)}) in class folders{remedy}")
+            raise UserError(f"{root}: no images ({SUFFIXES_TEXT}) in class folders{remedy}")
         if empty:
             raise UserError(f"{root}: {len(empty):,} class folders have no image: {few(empty)}")
-        super().__init__(root, names, labels, tuple(folder.name for folder in folders), num_ignored)
+        super().__init__(root, names, labels, tuple(folders), left_out, all_gone)
+
+
+class Part:
+    """Some images of a source, in the source's order."""
+
+    def __init__(self, source: "Source", items: Labels, **facts: Any) -> None:
+        self._source, self._items = source, items
+        self.facts = {**source.facts, **facts}
+        self.class_names, self.left_out = source.class_names, source.left_out
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def own_name(self, item: int) -> str:
+        return self._source.own_name(int(self._items[item]))
+
+    def name(self, item: int) -> str:
+        return self._source.name(int(self._items[item]))
+
+    def labels(self) -> Labels:
+        part: Labels = self._source.labels()[self._items]
+        return part
+
+    def is_gone(self, item: int) -> bool:
+        return self._source.is_gone(int(self._items[item]))
+
+    def part(self, items: Labels) -> "Source":
+        return self._source.part(self._items[items])
+
+    def read(self, item: int) -> tuple[bytes, str, int]:
+        return self._source.read(int(self._items[item]))
 
 
 def _torchvision(name: str) -> Any:
@@ -165,9 +199,8 @@ class TorchvisionSource:
     `choices` are arguments that select the split; the first that the data set knows is used.
     """
 
-    num_ignored = 0
-
     def __init__(self, name: str, root: Path, choices: Sequence[dict[str, Any]]) -> None:
+        self.left_out: Mapping[str, int] = {}
         self._name = f"torchvision/{name}"
         factory = _torchvision(name)
         for last, choice in enumerate(choices, 1):
@@ -190,8 +223,16 @@ class TorchvisionSource:
     def __len__(self) -> int:
         return len(self._data)
 
-    def name(self, item: int) -> str:
+    def own_name(self, item: int) -> str:
         return f"{self._name}, image {item}"
+
+    name = own_name
+
+    def is_gone(self, item: int) -> bool:
+        return False
+
+    def part(self, items: Labels) -> Source:
+        return Part(self, items)
 
     def labels(self) -> Labels:
         return np.array([int(self._data[item][1]) for item in range(len(self))], np.int64)

@@ -1,8 +1,7 @@
 """From SOURCE of `shards pack` to training and validation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -10,7 +9,7 @@ from dist_trainer.draws import SPLIT, permutation
 from dist_trainer.errors import UserError
 from dist_trainer.packing.imagenet import ARCHIVES, imagenet_split
 from dist_trainer.packing.label_table import LabelledFolder
-from dist_trainer.packing.sources import FolderSource, Labels, Source, require_classes, torchvision_splits
+from dist_trainer.packing.sources import FolderSource, Part, Source, require_classes, torchvision_splits
 
 SPLITS = ("train", "val")
 
@@ -32,23 +31,28 @@ def _label_tables(labels: Sequence[str]) -> dict[str, Path]:
     return tables
 
 
-def _folder_splits(folder: Path, tables: dict[str, Path]) -> dict[str, Source]:
+def _folder_splits(
+    folder: Path, tables: dict[str, Path], found_bad: Mapping[str, Mapping[str, str]]
+) -> dict[str, Source]:
+    def bad(place: Path) -> Mapping[str, str]:
+        return found_bad.get(str(place.resolve()), {})
+
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one with class folders, or torchvision/NAME")
     if "" in tables:
-        return {"train": LabelledFolder(folder, tables[""])}
+        return {"train": LabelledFolder(folder, tables[""], found_bad=bad(folder))}
     splits: dict[str, Source] = {}
     for split in SPLITS:
         if split in tables:
             if not (folder / split).is_dir():
                 raise UserError(f"--labels {split}={tables[split]}: {folder / split}: no such folder")
             names = splits["train"].class_names if "train" in splits else None
-            splits[split] = LabelledFolder(folder / split, tables[split], names)
+            splits[split] = LabelledFolder(folder / split, tables[split], names, bad(folder / split))
         elif (folder / split).is_dir():
-            splits[split] = FolderSource(folder / split)
+            splits[split] = FolderSource(folder / split, bad(folder / split))
         elif (folder / ARCHIVES[split]).is_file():
             splits[split] = imagenet_split(folder, split)
-    return splits or {"train": FolderSource(folder)}
+    return splits or {"train": FolderSource(folder, bad(folder))}
 
 
 def find_splits(
@@ -58,12 +62,15 @@ def find_splits(
     labels: Sequence[str] = (),
     val_fraction: float | None = None,
     seed: int = 0,
+    found_bad: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[str, Source]:
     """{"train": ..., "val": ...}, or one of them, from SOURCE of `shards pack`.
 
     That is `torchvision/NAME` with its files in `root`, or a folder: with train/ and val/, each of class folders or
     with a table in `labels` (`SPLIT=CSV`); of class folders, or with a table (`CSV`); with ILSVRC2012_*.tar.
-    `val_fraction` takes validation out of training. Raises UserError where training and validation differ in classes.
+    `val_fraction` takes validation out of training. `found_bad`: {source: {image: class}} of those that the same
+    command left out before, which keep their numbers when they are removed. Raises UserError where training and
+    validation differ in classes.
     """
     tables = _label_tables(labels)
     if source.startswith("torchvision/"):
@@ -74,7 +81,7 @@ def find_splits(
         splits = torchvision_splits(source.removeprefix("torchvision/"), root)
     else:
         try:
-            splits = _folder_splits(Path(source), tables)
+            splits = _folder_splits(Path(source), tables, found_bad or {})
         except OSError as error:
             raise UserError(f"{error.filename or source}: {error.strerror or error}") from None
     if val_fraction is not None:
@@ -84,28 +91,6 @@ def find_splits(
     if len(splits) == len(SPLITS):
         require_classes(splits["val"].facts["source"], splits["val"].class_names, splits["train"].class_names)
     return splits
-
-
-class _Part:
-    """Some images of a source, in the source's order."""
-
-    def __init__(self, source: Source, items: Labels, **facts: Any) -> None:
-        self._source, self._items = source, items
-        self.facts = {**source.facts, **facts}
-        self.class_names, self.num_ignored = source.class_names, source.num_ignored
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def name(self, item: int) -> str:
-        return self._source.name(int(self._items[item]))
-
-    def labels(self) -> Labels:
-        part: Labels = self._source.labels()[self._items]
-        return part
-
-    def read(self, item: int) -> tuple[bytes, str, int]:
-        return self._source.read(int(self._items[item]))
 
 
 def split_off(source: Source, fraction: float, seed: int) -> dict[str, Source]:
@@ -126,6 +111,6 @@ def split_off(source: Source, fraction: float, seed: int) -> dict[str, Source]:
     if not held.any():
         raise UserError("--val_fraction: every class has only one image, which training keeps")
     return {
-        "train": _Part(source, np.flatnonzero(~held), val_fraction=fraction),
-        "val": _Part(source, np.flatnonzero(held), val_fraction=fraction),
+        "train": Part(source, np.flatnonzero(~held), val_fraction=fraction),
+        "val": Part(source, np.flatnonzero(held), val_fraction=fraction),
     }

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from dist_trainer.data.index import BAD, VERSION, ShardIndex, join_names
+from dist_trainer.data.index import BAD, VERSION, ShardIndex
+from dist_trainer.data.listing import LISTING, left_out_above, list_images
 from dist_trainer.data.parallel import in_processes, progress
+from dist_trainer.data.texts import Texts
 from dist_trainer.errors import Outage, UserError, plural
-from dist_trainer.shards.image_folder import file_names, images_below, scan_folder, stamp_of
+from dist_trainer.shards.image_folder import file_names, scan_folder, stamp_of
 from dist_trainer.shards.join import ShardScan, join, refusal
 from dist_trainer.shards.labels import LabelRule
 from dist_trainer.shards.scan import scan_shard
@@ -57,7 +59,6 @@ def _run(task: _Task, options: Mapping[str, Any] | None) -> ShardScan:
 
 
 def _save_part(path: Path, scan: ShardScan) -> None:
-    names = join_names(scan.files) if scan.files else (None, None)
     ShardIndex(
         root="",
         shards=(path.name,),
@@ -67,8 +68,8 @@ def _save_part(path: Path, scan: ShardScan) -> None:
         samples=scan.samples,
         class_names=scan.names,
         problems=scan.problems,
-        names=names[0],
-        name_ends=names[1],
+        names=Texts.of(scan.files) if scan.files else None,
+        left_out=scan.left_out,
     ).save(path)
 
 
@@ -81,7 +82,9 @@ def _load_part(path: Path) -> ShardScan | None:
     except UserError:
         return None
     files = tuple(file_names(part, 0)) if part.names is not None else ()
-    return ShardScan(part.samples, int(part.sizes[0]), part.stamps[0], part.problems, part.class_names, files)
+    return ShardScan(
+        part.samples, int(part.sizes[0]), part.stamps[0], part.problems, part.class_names, files, part.left_out
+    )
 
 
 def stat_all(locations: Sequence[str], storage: Storage) -> list[Stat | None]:
@@ -102,7 +105,7 @@ def stat_all(locations: Sequence[str], storage: Storage) -> list[Stat | None]:
 def sizes_and_stamps(shards: ShardSet, storage: Storage) -> list[Stat]:
     """Bytes of each tar, or images of each class folder. Raises UserError naming the first shard that is missing."""
     if shards.is_folder:
-        files = [images_below(location) for location in shards.locations]
+        files = [list_images(Path(location)).images for location in shards.locations]
         return [
             Stat(len(names), stamp_of(location, names)) for location, names in zip(shards.locations, files, strict=True)
         ]
@@ -149,6 +152,7 @@ def build_index(
             label_rule=rule.text,
             allow_bad=allow_bad,
             advice=advice,
+            left_out=left_out_above(Path(shards.root)) if shards.is_folder else {},
         )
         index.save(out)
     except OSError as error:
@@ -158,7 +162,7 @@ def build_index(
 
 
 def _part_name(location: str, stat: Stat, rule: LabelRule) -> str:
-    what = json.dumps([VERSION, location, stat.size, stat.stamp, rule.text])
+    what = json.dumps([VERSION, LISTING, location, stat.size, stat.stamp, rule.text])
     return f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.part"
 
 

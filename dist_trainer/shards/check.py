@@ -26,11 +26,14 @@ class Finding:
     offset: int
     class_name: str
     reason: str
+    source: str | None = None
+    """The name that its file had before it was packed."""
 
     def __str__(self) -> str:
         if self.sample is None:
             return f"{self.shard}: {self.reason}"
-        return f"{self.shard}: sample {self.sample} at byte {self.offset}, class {self.class_name!r}: {self.reason}"
+        what = f"class {self.class_name!r}" + (f", {self.source}" if self.source else "")
+        return f"{self.shard}: sample {self.sample} at byte {self.offset}, {what}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def _check_shard(index: ShardIndex, shard: int, level: Level, storage: Storage) 
                     _check_content(data, row, level)
             except (ValueError, OSError) as error:
                 reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-                yield Finding(index.file_of(sample, shard), sample, offset, name, reason)
+                yield Finding(index.file_of(sample, shard), sample, offset, name, reason, index.source_of(sample))
 
 
 def _read_tar(tar: BinaryIO, row: Any, level: Level) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dist_trainer.data.index import BAD, ShardIndex
+from dist_trainer.data.listing import LISTING
 from dist_trainer.errors import UserError, plural
 from dist_trainer.shards.build import ShardSet, sizes_and_stamps, stat_all
 from dist_trainer.shards.image_folder import file_names, stamp_of, what_changed
@@ -128,6 +129,7 @@ def is_current(
     return (
         _locations(index) == shards.locations
         and (index.names is not None) == shards.is_folder
+        and (not shards.is_folder or index.listing == LISTING)
         and index.label_rule == rule.text
         and len(index.problems) <= allow_bad
         and (not class_names or index.class_names == tuple(class_names))

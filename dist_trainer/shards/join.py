@@ -1,12 +1,14 @@
 """Join the scans of shards to one index: classes get numbers, problems are counted."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from dist_trainer.data.index import BAD, Problem, ShardIndex, join_names
+from dist_trainer.data.index import BAD, Problem, ShardIndex
+from dist_trainer.data.texts import Texts
 from dist_trainer.errors import UserError, plural
 
 _SHOWN = 20
@@ -27,6 +29,8 @@ class ShardScan:
     names: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     """For a folder: the file of each row, relative to it."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """For a folder: how many files are no images, by suffix."""
 
 
 def join(
@@ -38,6 +42,8 @@ def join(
     label_rule: str = "cls",
     allow_bad: int = 0,
     advice: str = "mend the tars",
+    left_out: Mapping[str, int] | None = None,
+    sources: Iterable[str] | None = None,
 ) -> ShardIndex:
     """One index of scanned shards, called `names`, relative to `root`.
 
@@ -70,7 +76,6 @@ def join(
             f"{root}: {int((labels >= num_classes).sum()):,} of {len(labels):,} labels are beyond the class list, "
             f"which has {num_classes:,} classes, and the largest is {largest:,}; give the list of these tars"
         )
-    name_bytes, name_ends = join_names(files) if files else (None, None)
     return ShardIndex(
         root=root,
         shards=tuple(names),
@@ -81,8 +86,9 @@ def join(
         class_names=class_names or tuple(str(number) for number in range(num_classes)),
         label_rule=label_rule,
         problems=tuple(problems),
-        names=name_bytes,
-        name_ends=name_ends,
+        names=Texts.of(files) if files else None,
+        sources=Texts.of(sources) if sources is not None else None,
+        left_out=sum((Counter(scan.left_out) for scan in scans), Counter(left_out)),
     )
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_trainer.data.index import FILE_NAME
+from dist_trainer.data.listing import class_folders
 from dist_trainer.errors import UserError
 from dist_trainer.shards.build import ShardSet
-from dist_trainer.shards.image_folder import class_folders, holds_images
+from dist_trainer.shards.image_folder import holds_images
 from dist_trainer.storage.secret import refuse_secret_url
 from dist_trainer.storage.storage import Storage, is_remote
 

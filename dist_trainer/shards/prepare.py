@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.data.index import ShardIndex
+from dist_trainer.data.listing import left_out_text
 from dist_trainer.distributed.cores import cores
 from dist_trainer.errors import LocalError, UserError, plural
 from dist_trainer.shards.build import ShardSet, build_index
@@ -141,7 +142,7 @@ def describe(index: ShardIndex, path: Path) -> str:
     bad = f", {len(index.problems):,} of them bad" if index.problems else ""
     order = ", sorted by class (training takes order full)" if is_class_sorted(index) else ""
     what = f"{plural(len(index.shards), kind)}, {plural(len(index), each)}{bad}, {plural(index.num_classes, 'class')}"
-    return f"{what}{order}: {path}"
+    return f"{what}{left_out_text(index.left_out)}{order}: {path}"
 
 
 # Where the index is

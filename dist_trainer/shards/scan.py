@@ -4,6 +4,7 @@ byte."""
 import io
 import re
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,31 +15,48 @@ import numpy.typing as npt
 from PIL import Image
 
 from dist_trainer.data.index import BAD, SAMPLE, Problem
+from dist_trainer.data.listing import IMAGE_SUFFIXES, SUFFIXES_TEXT, passed_over
 from dist_trainer.errors import UserError
-from dist_trainer.shards.join import ShardScan, join
+from dist_trainer.shards.join import ShardScan
 from dist_trainer.shards.labels import LabelRule
 from dist_trainer.shards.tar import Damage, Member, members
 from dist_trainer.storage.storage import Storage
 
-__all__ = ["IMAGE_SUFFIXES", "LABEL_SUFFIX", "ShardScan", "join", "measure", "scan_shard", "scan_tar"]
-
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 LABEL_SUFFIX = "cls"
 _MAX_SIDE = 2**16 - 1  # pixels, as the index holds them
 _MAX_LENGTH = 2**31 - 1  # bytes; no such image decodes
+_ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND\xaeB`\x82"}
+"""How a whole JPEG or PNG begins and ends. Others, and those with something behind their end, are decoded to see."""
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's own: a key ends at the first dot of the base name
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
 
 
 def measure(data: bytes) -> tuple[int, int, int]:
-    """(crc32, width, height) of an encoded image. Raises ValueError with a text that completes "the image of ..."."""
+    """(crc32, width, height) of an encoded image.
+
+    Raises ValueError with a text that completes "the image of ...", for one that is no image, or not a whole one.
+    """
     try:
         width, height = _image_size(data)
     except Exception:  # Pillow's plugins raise whatever they meet
-        raise ValueError("does not decode") from None
+        found = f"{len(data):,} bytes, which begin with {data[:16]!r}" if data else "it is empty"
+        raise ValueError(f"does not decode: {found}") from None
+    if not (data[:2] in _ENDS and data.endswith(_ENDS[data[:2]])) and (fault := _fault(data)):
+        raise ValueError(f"does not decode: {fault}")
     if max(width, height) > _MAX_SIDE:
         raise ValueError(f"is {width} x {height}, over {_MAX_SIDE:,} a side")
     return zlib.crc32(data), width, height
+
+
+def _fault(data: bytes) -> str:
+    """Why Pillow does not decode it, or ""."""
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+            warnings.simplefilter("ignore")
+            image.load()
+    except Exception as error:  # Pillow's plugins raise whatever they meet
+        return str(error) or type(error).__name__
+    return ""
 
 
 def _image_size(data: bytes) -> tuple[int, int]:
@@ -95,7 +113,8 @@ class _Scanner:
         self._damaged = True
 
     def add(self, member: Member) -> None:
-        match = None if _META.match(member.name) else _KEY.match(member.name)
+        skipped = _META.match(member.name) or passed_over(member.name)
+        match = None if skipped else _KEY.match(member.name)
         if match is None:
             return
         key, suffix = match[1], match[2].lower()
@@ -149,7 +168,7 @@ class _Scanner:
         sample.is_done = True
         if sample.image is None:
             only = f", only {', '.join(sample.suffixes)}" if sample.suffixes else ""
-            sample.blame(sample.offset, f"sample {sample.key!r} has no image ({', '.join(IMAGE_SUFFIXES)}){only}")
+            sample.blame(sample.offset, f"sample {sample.key!r} has no image ({SUFFIXES_TEXT}){only}")
         offset, text = (sample.offset, b"") if self._rule.kind == "key" else sample.label or (sample.offset, None)
         label = BAD
         if text is None:

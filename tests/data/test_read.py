@@ -19,9 +19,10 @@ from s3_server import S3Server
 
 from dist_trainer.data import read as read_module
 from dist_trainer.data.blocks import Blocks
-from dist_trainer.data.index import BAD, Problem, ShardIndex, join_names
+from dist_trainer.data.index import BAD, Problem, ShardIndex
 from dist_trainer.data.order import EpochOrder, OrderSpec
 from dist_trainer.data.read import Bad, Reader
+from dist_trainer.data.texts import Texts
 from dist_trainer.errors import LocalError, Outage
 from dist_trainer.storage.cache import CacheConfig
 from dist_trainer.storage.storage import RetryConfig
@@ -138,13 +139,12 @@ def image_folder(folder: Path, truth: list[bytes]) -> ShardIndex:
         path = folder / ("a" if number < 25 else "b") / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(truth[number])
-    joined, ends = join_names(names)
     plain = index_of(write_tar(folder.with_suffix(".tar"), sample_members(40)))
     samples = plain.samples.copy()
     samples["offset"] = 0
     return replace(
         plain, root=str(folder), shards=("a", "b"), stamps=("", ""), sizes=np.zeros(2, np.uint64), samples=samples,
-        first=np.array([0, 25, 40], np.uint64), names=joined, name_ends=ends,
+        first=np.array([0, 25, 40], np.uint64), names=Texts.of(names),
     )  # fmt: skip
 
 

@@ -16,8 +16,9 @@ from torchvision.datasets import ImageFolder
 
 from dist_trainer.data.index import FILE_NAME, ShardIndex
 from dist_trainer.errors import UserError
-from dist_trainer.packing.pack import MANIFEST, Recipe, pack
+from dist_trainer.packing.pack import MANIFEST, pack
 from dist_trainer.packing.sources import FolderSource
+from dist_trainer.packing.write import Recipe
 
 # Class folders
 
@@ -52,7 +53,9 @@ def test_what_is_no_image_is_left_out_and_counted(tmp_path: Path, capsys: pytest
     (tmp_path / "raw" / ".cache").mkdir()
     packed(tmp_path / "raw", tmp_path / "out")
     assert sum(contents(tmp_path / "out" / "train").values()) == 4
-    assert "4 samples, 2 classes, 5 other files ignored" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "4 samples, 2 classes" in out
+    assert out.endswith("; 2 other files left out (1 .md, 1 .txt)\n")
 
 
 def test_samples_are_shuffled_over_the_tars_under_the_seed(tmp_path: Path) -> None:
@@ -192,28 +195,33 @@ def test_images_of_an_unexpected_kind_are_taken_as_they_are(tmp_path: Path) -> N
     assert contents(tmp_path / "out" / "train") == folder_contents(tmp_path / "raw")
 
 
-BAD: dict[str, tuple[bytes, list[str]]] = {
-    "empty": (b"", []),
-    "a page": (b"<html>404 Not Found</html>", []),
-    "too wide": (png(np.random.default_rng(0), 1, 65_536), []),
-    "cut short": (jpeg(np.random.default_rng(0), 64, 64)[:1500], ["--max_side=32"]),
-    "a page, to be made smaller": (b"<html>404 Not Found</html>", ["--max_side=32"]),
+BAD: dict[str, tuple[bytes, str, list[str]]] = {
+    "empty": (b"", "does not decode: it is empty", []),
+    "a page": (b"<html>404 Not Found</html>", "does not decode: 26 bytes, which begin with b'<html>404 ", []),
+    "too wide": (png(np.random.default_rng(0), 1, 65_536), "is 65536 x 1, over 65,535 a side", []),
+    "cut short": (jpeg(np.random.default_rng(0), 64, 64)[:1500], "does not decode: image file is truncated", []),
+    "a page, to be made smaller": (b"<html>404 Not Found</html>", "does not decode: 26 bytes", ["--max_side=32"]),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_an_image_that_is_none_is_named_by_its_source(tmp_path: Path, case: str) -> None:
-    """Its file, not only its place in a shard. One that is cut short is noticed where it has to be decoded.
+    """Its file, not only its place in a shard; the other split is packed all the same.
 
     Fails when the scan's own message is all that is said, or Pillow's exception gets through.
     """
-    fill(tmp_path / "raw", {"ant": 3, "bee": 3})
-    bad = tmp_path / "raw" / "bee" / "bee_0001.JPEG"
-    data, options = BAD[case]
+    for split in ("train", "val"):
+        fill(tmp_path / "raw" / split, {"ant": 3, "bee": 3})
+    bad = tmp_path / "raw" / "train" / "bee" / "bee_0001.JPEG"
+    data, reason, options = BAD[case]
     bad.write_bytes(data)
-    line = refused(tmp_path / "raw", tmp_path / "out", *options)
-    assert line.startswith(f"{bad}: ")
+    with pytest.raises(UserError) as caught:
+        packed(tmp_path / "raw", tmp_path / "out", *options)
+    first, line = str(caught.value).splitlines()
+    assert first.startswith(f"{tmp_path / 'raw' / 'train'}: 1 image cannot be used, where --allow_bad is 0; ")
+    assert line.startswith(f"  {bad}: {reason}")
     assert not (tmp_path / "out" / "train").exists()
+    assert sum(contents(tmp_path / "out" / "val").values()) == 6
 
 
 def test_a_file_that_vanishes_or_a_full_disk_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:

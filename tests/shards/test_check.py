@@ -28,12 +28,12 @@ def patch(path: Path, place: int, data: bytes) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Two indexed tars of 5 samples each; the last image is cut off in the middle of its pixels, with a good header."""
+    """Two indexed tars of 5 samples each; the last image's pixels are destroyed, between a good header and end."""
     folder = tmp_path / "data"
     folder.mkdir()
     members = sample_members(10, size=40)
     name, image = members[-1]
-    members[-1] = name, image[: len(image) // 2]
+    members[-1] = name, image[: len(image) // 2] + bytes(100) + image[len(image) // 2 + 100 :]
     for number in range(2):
         write_tar(folder / f"{number}.tar", members[number * 10 : number * 10 + 10])
     index_shards([str(folder)])

@@ -420,7 +420,7 @@ def test_folders_that_are_no_image_folder_are_refused(images: Path) -> None:
     """A class without images, the folder above train and val, a file that is no image. Fails when any is indexed."""
     (images / "a" / "10.png").write_bytes(b"<html>")
     lines = refused(images)
-    assert lines[1] == "  a: at byte 0: 10.png: it does not decode"
+    assert lines[1] == "  a: at byte 0: 10.png: it does not decode: 6 bytes, which begin with b'<html>'"
     assert indexed(images, allow_bad=1).samples["label"].tolist() == [BAD, 0, 1, 1, 2, 2]
     above = images.with_name("above")
     shutil.copytree(images, above / "train")

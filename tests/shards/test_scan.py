@@ -170,7 +170,7 @@ def test_a_destroyed_header_costs_its_sample_and_no_other(tar: Path, block: byte
 
 
 def test_the_samples_beside_a_destroyed_stretch_are_kept(tar: Path) -> None:
-    """From within the image of 001 to within that of 003: 001 keeps its header, so its checksum is of what is there.
+    """From within the image of 001 to within that of 003: 001 keeps its place, as an image that does not decode.
 
     Fails when neighbours of damage are thrown away.
     """
@@ -178,8 +178,8 @@ def test_the_samples_beside_a_destroyed_stretch_are_kept(tar: Path) -> None:
     start = places["001.png"].offset_data + 60
     overwrite(tar, start, b"\xa5" * (places["003.png"].offset_data - start))
     found = scan(tar)
-    assert [p.offset for p in found.problems] == [places["002.cls"].offset]
-    assert found.samples["label"].tolist() == [0, 1, BAD, 1, 2]  # 000, 001, damage, 004, 005
+    assert [p.offset for p in found.problems] == [places["001.png"].offset_data, places["002.cls"].offset]
+    assert found.samples["label"].tolist() == [0, BAD, BAD, 1, 2]  # 000, 001, damage, 004, 005
 
 
 def test_a_column_that_is_destroyed_is_reported_and_its_sample_stays(tmp_path: Path) -> None:
@@ -269,13 +269,21 @@ def huge_jpeg() -> bytes:
         ([*A, *B, *A], "a.cls", "key 'a' comes again"),
         ([*A, B[1]], "b.png", "sample 'b' has no label"),
         ([*A, B[0]], "b.cls", "sample 'b' has no image"),
-        ([*A, ("b.2.png", IMAGE), B[0]], "b.2.png", "sample 'b' has no image (jpg, jpeg, png, webp), only 2.png"),
+        (
+            [*A, ("b.2.png", IMAGE), B[0]],
+            "b.2.png",
+            "sample 'b' has no image (jpg, png, webp, bmp, gif",
+        ),
         ([("a.cls", b"tench"), A[1]], "a.cls", "the label of sample 'a' is 'tench'"),
         ([("a.cls", b"-1"), A[1]], "a.cls", "the label of sample 'a' is '-1'"),
         ([("a.cls", b"1.5"), A[1]], "a.cls", "the label of sample 'a' is '1.5'"),
         ([("a.cls", b"9999999999"), A[1]], "a.cls", "the label of sample 'a' is '9999999999'"),
-        ([*A, B[0], ("b.png", b"<html>404</html>")], "b.png", "the image of sample 'b' does not decode"),
-        ([*A, B[0], ("b.png", b"")], "b.png", "the image of sample 'b' does not decode"),
+        (
+            [*A, B[0], ("b.png", b"<html>404</html>")],
+            "b.png",
+            "the image of sample 'b' does not decode: 16 bytes, which b",
+        ),
+        ([*A, B[0], ("b.png", b"")], "b.png", "the image of sample 'b' does not decode: it is empty"),
         ([*A, B[0], ("b.png", IMAGE[:16] + b"\0\1\0\0" + IMAGE[20:])], "b.png", "the image of sample 'b' is 65536 x"),
         ([*A, B[0], ("b.jpg", huge_jpeg())], "b.jpg", "the image of sample 'b'"),
     ],

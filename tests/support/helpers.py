@@ -15,10 +15,12 @@ from dist_trainer.commands.main import dispatch
 from dist_trainer.data.augment import Augment, AugmentConfig
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.errors import UserError
-from dist_trainer.packing.pack import Recipe, pack
+from dist_trainer.packing.pack import pack
 from dist_trainer.packing.sources import FolderSource
+from dist_trainer.packing.write import Recipe
 from dist_trainer.plan import BatchConfig, Duration, Plan, make_plan
-from dist_trainer.shards.scan import join, scan_tar
+from dist_trainer.shards.join import join
+from dist_trainer.shards.scan import scan_tar
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("no deadline")
@@ -113,7 +115,7 @@ def labelled(rng: np.random.Generator, first: int, count: int, broken: int | Non
     for number in range(first, first + count):
         image = png(rng, 28, 28)
         if number == broken:
-            image = image[:60] + bytes(len(image) - 60)  # its header is whole
+            image = image[:60] + bytes(len(image) - 72) + image[-12:]  # its header and its end are whole
         members += [(f"{number:04d}.png", image), (f"{number:04d}.cls", b"%d" % (number % 7))]
     return members
 
