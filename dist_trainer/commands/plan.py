@@ -86,7 +86,8 @@ def plan_figures(
     config: TrainConfig, stem: str, *, gpus: int | None = None, num_samples: int | None = None
 ) -> dict[str, Any]:
     """Figures by name; `stem` begins the names of run folders. Raises UserError for whatever `train` would refuse."""
-    num_classes, num_val, without_samples = config.model.args.get("num_classes", IMAGENETS_CLASSES), None, list[str]()
+    num_classes, num_val = config.model.args.get("num_classes", IMAGENETS_CLASSES), None
+    without_samples: dict[str, list[str]] = {}
     world = gpus if gpus is not None else largest_world(config.batch, devices())
     host = World(0, world, 0, min(world, devices()), alone().device)
     train: ShardIndex | int

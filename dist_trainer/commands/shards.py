@@ -48,7 +48,7 @@ def _pack(argv: list[str]) -> int:
     from rich.console import Console
 
     from dist_trainer.packing.pack import BadImagesError, found_bad, unfinished
-    from dist_trainer.packing.splits import SPLITS, find_splits
+    from dist_trainer.packing.splits import SPLITS, find_splits, lacking
     from dist_trainer.packing.write import Recipe
 
     chosen = {name: values[name] for name in ("samples_per_shard", "seed", "max_side", "quality")}
@@ -64,6 +64,8 @@ def _pack(argv: list[str]) -> int:
         )
     refused = []
     for split, source in unfinished(splits, Path(values.out), recipe).items():
+        if note := lacking(source):
+            _say(note)
         try:
             print(_pack_split(source, Path(values.out) / split, recipe, values.allow_bad))
         except BadImagesError as error:  # those of the other split are told in one go
@@ -104,6 +106,7 @@ def _index(argv: list[str]) -> int:
     )
     parser.add_argument("--out", type=str | None, default=None, help="the index, NAME.dtx; default: beside the tars")
     parser.add_argument("--label", type=str | None, default=None, help="where labels are: cls, json:KEY or key")
+    parser.add_argument("--image", type=str | None, default=None, help="which of a sample's images: left.jpg")
     parser.add_argument("--classes", type=str | None, default=None, help="a file of class names, a line for each")
     parser.add_argument("--allow_bad", "--allow-bad", type=int, default=0, help="bad samples that are accepted")
     _add_storage_options(parser)
@@ -119,6 +122,7 @@ def _index(argv: list[str]) -> int:
             values.url,
             Path(values.out).expanduser() if values.out else None,
             label=values.label,
+            image=values.image,
             classes=values.classes,
             allow_bad=values.allow_bad,
             options=values.storage_options,

@@ -17,15 +17,14 @@ from dist_trainer.errors import plural
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that cannot be used; `kind` is crc (other bytes than indexed), decode or label; `source` the name that its
-    file had before it was packed, or None.
-    """
+    """A sample that cannot be used; `kind` is crc (other bytes than indexed), decode or label."""
 
     sample: int
     kind: str
     shard: str
     reason: str
     source: str | None = None
+    """The name that its file had before it was packed."""
 
     @classmethod
     def of(cls, index: ShardIndex, sample: int, bad: Bad) -> "BadSample":

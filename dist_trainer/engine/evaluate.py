@@ -40,6 +40,8 @@ class EvalConfig:
     train_samples: NotNegative = 5000
     """Number of training samples that are scored too, always the same ones, with the evaluation's transform. The gap
     between training and validation shows overfitting and underfitting. 0: none."""
+    classes: Literal["all", "subset"] = "all"
+    """Whether validation must have all classes of training, by name, or may lack some; top-1 is over what is there."""
     bad: Literal["count_wrong", "fail"] = "count_wrong"
     """What happens at a validation sample that cannot be read or decoded: it counts as wrong, with a warning, or the
     run stops."""

@@ -7,7 +7,8 @@ from pathlib import Path, PurePosixPath
 
 from dist_trainer.data.listing import IMAGE_SUFFIXES, SUFFIXES_TEXT, list_images, suffix_of
 from dist_trainer.errors import UserError
-from dist_trainer.packing.sources import ListedImages, few, require_classes
+from dist_trainer.packing.sources import ListedImages, require_classes
+from dist_trainer.shards.classes import canonical, few, misnumbered
 
 
 def _bare(name: str) -> str:
@@ -29,10 +30,12 @@ def _read_table(table: Path) -> list[tuple[str, str]]:
     for row in rows:
         if len(row) < 2 or not row[0].strip() or not row[1].strip():
             raise UserError(f"--labels: {table}: the row {' '.join(row)!r} is not a file name and a class")
-    return [(row[0].strip(), row[1].strip()) for row in rows]
+    return [(row[0].strip(), row[1]) for row in rows]
 
 
 _BOXES = re.compile(r"(\S+)(?: -?\d+){4}(?: .*)?")  # Kaggle's PredictionString: a synset and a box, again and again
+
+_WHOLE = re.compile(r"(\d+)\.0*")
 
 
 class LabelledFolder(ListedImages):
@@ -57,9 +60,9 @@ class LabelledFolder(ListedImages):
         present = {_bare(file) for file in files}
         _refuse(root, "images have the same name as another one", _repeated(_bare(file) for file in files))
         rows = _read_table(table)
-        if rows and _bare(rows[0][0]) not in present and rows[0][1] not in {cell for _, cell in rows[1:]}:
+        if rows and _bare(rows[0][0]) not in present and rows[0][1].strip() not in {c.strip() for _, c in rows[1:]}:
             rows = rows[1:]  # a header
-        classes = {_bare(name): _class_of(cell) for name, cell in rows}
+        classes = {_bare(name): _class_of(cell, class_names or ()) for name, cell in rows}
         _refuse(table, "images are named twice", _repeated(_bare(name) for name, _ in rows))
         _refuse(table, f"images are not in {root}", classes.keys() - present)
         _refuse(root, f"images have no class in {table}", present - classes.keys() - {_bare(file) for file in gone})
@@ -70,8 +73,14 @@ class LabelledFolder(ListedImages):
         super().__init__(root, files, labels, names, listing.left_out, gone)
 
 
-def _class_of(cell: str) -> str:
-    match = _BOXES.fullmatch(cell)
+def _class_of(cell: str, known: Collection[str]) -> str:
+    """The name that a cell gives. A blank at its end counts where a class is called so. 2.0 is 2: a column of numbers
+    with an empty cell is often written as floats.
+    """
+    if cell in known:
+        return cell
+    cell = cell.strip()
+    match = _BOXES.fullmatch(cell) or _WHOLE.fullmatch(cell)
     return match[1] if match else cell
 
 
@@ -80,16 +89,23 @@ def _number_classes(
 ) -> tuple[dict[str, int], tuple[str, ...]]:
     """(the class number of every cell, the class names).
 
-    Raises UserError unless the cells are all of `class_names`, or all numbers from 0 up to their largest.
+    Raises UserError unless the cells are all in `class_names`, or numbers from 0 on: without `class_names`, all up to
+    their largest.
     """
-    named = class_names is not None and found <= set(class_names)
+    known = {canonical(name): number for number, name in enumerate(class_names or sorted(found))}
+    named = class_names is not None and all(canonical(cell) in known for cell in found)
     if named or not all(cell.isdecimal() for cell in found):
-        names = class_names or tuple(sorted(found))
-        require_classes(table, found, names)
-        return {name: number for number, name in enumerate(names)}, names
+        require_classes(table, found, class_names or sorted(found), subset=True)
+        return {cell: known[canonical(cell)] for cell in found}, class_names or tuple(sorted(found))
     numbers = {cell: int(cell) for cell in found}
     size = len(class_names) if class_names else len(found)
-    if len(set(numbers.values())) != size or max(numbers.values()) != size - 1:
+    all_there = len(set(numbers.values())) == size or class_names is not None
+    if class_names is not None and misnumbered(class_names):
+        raise UserError(
+            f"{table}: class numbers, and the classes of training are called {few(class_names)}, in the order of text: "
+            "which class a number means is open; write the names"
+        )
+    if not all_there or min(numbers.values()) > 0 or max(numbers.values()) >= size:
         raise UserError(
             f"{table}: {len(found):,} class numbers, {min(numbers.values())} to {max(numbers.values())}: they must be "
             f"0 to {size - 1}, counting the {'class names of training' if class_names else 'classes'} as sorted"

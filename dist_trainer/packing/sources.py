@@ -14,6 +14,7 @@ import numpy.typing as npt
 from dist_trainer.data.listing import SUFFIXES_TEXT, class_folders, left_out_above, list_images, suffix_of
 from dist_trainer.data.texts import Texts
 from dist_trainer.errors import UserError, nearest
+from dist_trainer.shards.classes import canonical, few
 
 Labels = npt.NDArray[np.int64]
 
@@ -50,14 +51,14 @@ class Source(Protocol):
         """Encoded bytes, their suffix in lower case, the class. Raises UserError naming a missing image."""
 
 
-def few(names: Collection[str]) -> str:
-    """The first three of `names`, quoted."""
-    return ", ".join(repr(name) for name in sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def require_classes(where: object, found: Collection[str], expected: Sequence[str]) -> None:
-    """Raises UserError unless the images' classes are those of training, all of them."""
-    unknown, missing = set(found) - set(expected), set(expected) - set(found)
+def require_classes(where: object, found: Collection[str], expected: Sequence[str], *, subset: bool = False) -> None:
+    """Raises UserError unless the images' classes are those of training: all of them, or with `subset` some."""
+    there, known = ({canonical(name): name for name in names} for names in (found, expected))
+    unknown, missing = (
+        [one[key] for key in one.keys() - other.keys()] for one, other in ((there, known), (known, there))
+    )
+    if subset and not unknown:
+        return
     parts = [f"{len(unknown):,} are not in training ({few(unknown)})"] * bool(unknown)
     parts += [f"{len(missing):,} of training's {len(expected):,} have no image ({few(missing)})"] * bool(missing)
     if parts:
@@ -125,21 +126,30 @@ class ListedImages:
 class FolderSource(ListedImages):
     """`root`/CLASS/*.jpg: class numbers follow the sorted class names; files are copied byte for byte.
 
-    `found_bad`: {image: class} of those that an earlier command left out.
+    `found_bad`: {image: class} of those that an earlier command left out. With the `class_names` of training the
+    folders are those classes, and some may be missing.
     """
 
-    def __init__(self, root: Path, found_bad: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        found_bad: Mapping[str, str] | None = None,
+        class_names: tuple[str, ...] | None = None,
+    ) -> None:
         names: list[str] = []
         labels: list[int] = []
         left_out, empty = left_out_above(root), []
         folders, all_gone = class_folders(root), set[str]()
-        for label, folder in enumerate(folders):
+        if class_names is not None:
+            require_classes(root, folders, class_names, subset=True)
+        numbers = {canonical(name): number for number, name in enumerate(class_names or folders)}
+        for folder in folders:
             listing = list_images(root / folder)
             there = {f"{folder}/{image}" for image in listing.images}
             gone = {image for image in found_bad or () if image.startswith(f"{folder}/")} - there
             all_gone |= gone
             names += sorted(there | gone)
-            labels += [label] * len(there | gone)
+            labels += [numbers[canonical(folder)]] * len(there | gone)
             left_out += listing.left_out
             if not listing.images:
                 empty.append(folder)
@@ -147,9 +157,9 @@ class FolderSource(ListedImages):
             flat = list_images(root, below=False).images
             remedy = f"; images without class folders need --labels {root.name}=CSV" if flat else ""
             raise UserError(f"{root}: no images ({SUFFIXES_TEXT}) in class folders{remedy}")
-        if empty:
+        if empty and class_names is None:
             raise UserError(f"{root}: {len(empty):,} class folders have no image: {few(empty)}")
-        super().__init__(root, names, labels, tuple(folders), left_out, all_gone)
+        super().__init__(root, names, labels, class_names or tuple(folders), left_out, all_gone)
 
 
 class Part:

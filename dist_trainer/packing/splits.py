@@ -9,7 +9,8 @@ from dist_trainer.draws import SPLIT, permutation
 from dist_trainer.errors import UserError
 from dist_trainer.packing.imagenet import ARCHIVES, imagenet_split
 from dist_trainer.packing.label_table import LabelledFolder
-from dist_trainer.packing.sources import FolderSource, Part, Source, require_classes, torchvision_splits
+from dist_trainer.packing.sources import FolderSource, ListedImages, Part, Source, require_classes, torchvision_splits
+from dist_trainer.shards.classes import few
 
 SPLITS = ("train", "val")
 
@@ -49,7 +50,8 @@ def _folder_splits(
             names = splits["train"].class_names if "train" in splits else None
             splits[split] = LabelledFolder(folder / split, tables[split], names, bad(folder / split))
         elif (folder / split).is_dir():
-            splits[split] = FolderSource(folder / split, bad(folder / split))
+            names = splits["train"].class_names if "train" in splits else None
+            splits[split] = FolderSource(folder / split, bad(folder / split), names)
         elif (folder / ARCHIVES[split]).is_file():
             splits[split] = imagenet_split(folder, split)
     return splits or {"train": FolderSource(folder, bad(folder))}
@@ -91,6 +93,20 @@ def find_splits(
     if len(splits) == len(SPLITS):
         require_classes(splits["val"].facts["source"], splits["val"].class_names, splits["train"].class_names)
     return splits
+
+
+def lacking(source: Source) -> str | None:
+    """A line about classes without an image, which validation may have."""
+    if not isinstance(source, ListedImages):
+        return None
+    counts = np.bincount(source.labels(), minlength=len(source.class_names))
+    names = [source.class_names[number] for number in np.flatnonzero(counts == 0)]
+    if not names:
+        return None
+    return (
+        f"warning: {source.root}: {len(names):,} of {len(counts):,} classes have no image ({few(names)}); "
+        "top-1 will be over the others"
+    )
 
 
 def split_off(source: Source, fraction: float, seed: int) -> dict[str, Source]:

@@ -1,7 +1,7 @@
 """Advice on a config: before a run, warnings of keys that work against each other; after it, the keys to change."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -18,11 +18,16 @@ MANY_CLASSES = 1000
 """With fewer, a network is not small for its task."""
 
 
-def warnings(config: TrainConfig, parts: Blueprint, num_classes: int, without_samples: Sequence[str] = ()) -> list[str]:
+def warnings(
+    config: TrainConfig,
+    parts: Blueprint,
+    num_classes: int,
+    without_samples: Mapping[str, Sequence[str]] | None = None,
+) -> list[str]:
     """One line each, of what is legal and suspicious. Accuracies are PaddleClas's, on ImageNet ("Tricks for training",
-    2.2.4 to 2.2.6). `without_samples`: names of classes that no training sample has.
+    2.2.4 to 2.2.6). `without_samples`: names of classes that no sample has, by key.
     """
-    lines = _of_data(config, without_samples)
+    lines = _of_data(config, without_samples or {})
     ema, updates = config.ema, parts.plan.total_steps - parts.ema_start
     if ema.decay is not None and ema.ramp != "threshold" and (1.0 - ema.decay) * updates < 1.0:
         lines.append(
@@ -54,15 +59,17 @@ def warnings(config: TrainConfig, parts: Blueprint, num_classes: int, without_sa
     return [*lines, *_of_size(config, num_parameters(parts.model), num_classes)]
 
 
-def _of_data(config: TrainConfig, without_samples: Sequence[str]) -> list[str]:
+def _of_data(config: TrainConfig, without_samples: Mapping[str, Sequence[str]]) -> list[str]:
     lines = []
     if os.path.normpath(config.data.val) == os.path.normpath(config.data.train):
         lines.append("data.val: is data.train: its accuracy is that of samples that were trained on")
-    if without_samples:
-        lines.append(
-            f"data.train: {plural(len(without_samples), 'class')} without a sample, which cannot be learned: "
-            f"{some(map(repr, without_samples))}"
-        )
+    means = {"data.train": "which cannot be learned", "data.val": "so top-1 is over the others"}
+    for key, names in without_samples.items():
+        if names:
+            first = "; do its labels begin at 1?" if list(names) == ["0"] else ""
+            lines.append(
+                f"{key}: {plural(len(names), 'class')} without a sample, {means[key]}: {some(map(repr, names))}{first}"
+            )
     resize, crop = config.eval.resize, config.eval.crop
     if resize is not None and crop is not None and resize < crop:
         lines.append(f"eval.resize: {resize} is below eval.crop, {crop}: images are scored within a black border")

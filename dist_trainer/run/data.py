@@ -24,7 +24,9 @@ from dist_trainer.engine.evaluate import EvalConfig, center_crop
 from dist_trainer.errors import UserError
 from dist_trainer.log.console import Terminal
 from dist_trainer.plan import BatchConfig, Plan
+from dist_trainer.shards.classes import bind_classes, read_classes, without_samples
 from dist_trainer.shards.prepare import is_class_sorted, match_classes, numbering_note, open_index, prepare_index
+from dist_trainer.storage.storage import Storage
 from dist_trainer.tricks.precise_bn import PreciseBnConfig
 
 
@@ -41,10 +43,10 @@ class RunData:
         return self.train.num_classes
 
     @property
-    def without_samples(self) -> list[str]:
-        """Names of the classes that no training sample has."""
-        counts = np.bincount(self.train.samples["label"], minlength=self.num_classes)
-        return [name for name, count in zip(self.train.class_names, counts, strict=False) if not count]
+    def without_samples(self) -> dict[str, list[str]]:
+        """Names of the classes that no training sample has; of those that have some, which no validation sample has."""
+        missing = without_samples(self.train)
+        return {"data.train": missing, "data.val": [name for name in without_samples(self.val) if name not in missing]}
 
     @property
     def fingerprint(self) -> str:
@@ -68,11 +70,16 @@ def open_data(config: TrainConfig, world: World, terminal: Terminal) -> RunData:
     opened = {name: open_index(path).expect(fingerprint) for name, (path, fingerprint) in found["indices"].items()}
     val = opened["val"]
     train = opened.get("train", val)
-    return RunData(train, match_classes(train, val))
+    if config.data.classes is not None:
+        train = bind_classes("data.train", train, found["classes"], config.data.classes)
+        val = bind_classes("data.val", val, found["classes"], config.data.classes)
+    return RunData(train, match_classes(train, val, subset=config.eval.classes == "subset"))
 
 
 def _find_indices(config: TrainConfig) -> dict[str, Any]:
-    """{"indices": {"train": (path, fingerprint), "val": ...}, "notes": lines for the user}; on one rank."""
+    """{"indices": {"train": (path, fingerprint), "val": ...}, "classes": those of data.classes, "notes": lines for the
+    user}; on one rank.
+    """
     data = config.data
     fallback = config.run.root / ".index"
     names = ("train", "val") if data.source == "index" else ("val",)
@@ -83,16 +90,29 @@ def _find_indices(config: TrainConfig) -> dict[str, Any]:
             options=data.storage_options,
             retry=data.retry,
             fallback=fallback,
+            allow_empty=name == "val" and config.eval.classes == "subset",
         )
         for name in names
     }
+    classes = None if data.classes is None else _listed_classes(data)
     notes = [note for _, note in found.values() if note]
     opened = {name: ShardIndex.load(Path(path), verify=False) for name, (path, _) in found.items()}
-    if "train" in opened and (note := numbering_note(opened["train"], opened["val"])):
+    if "train" in opened and classes is None and (note := numbering_note(opened["train"], opened["val"])):
         notes.append(note)
     notes += [decoder_line()] if config.augment.crop is not None else []
     notes += [SAID] if data.source == "stream" else []
-    return {"indices": {name: (path, opened[name].fingerprint) for name, (path, _) in found.items()}, "notes": notes}
+    indices = {name: (path, opened[name].fingerprint) for name, (path, _) in found.items()}
+    return {"indices": indices, "classes": classes, "notes": notes}
+
+
+def _listed_classes(data: DataConfig) -> list[str]:
+    assert data.classes is not None
+    try:
+        return list(read_classes(data.classes, Storage(data.storage_options, data.retry)))
+    except OSError as error:
+        raise UserError(f"data.classes: {data.classes}: {error.strerror or error}") from None
+    except UserError as error:
+        raise UserError(f"data.classes: {error}") from None
 
 
 def order_of(config: DataConfig, train: ShardIndex) -> Kind:

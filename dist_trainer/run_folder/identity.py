@@ -67,6 +67,7 @@ KEYS: dict[str, First | str] = {
     "data.cache.dir": PLACE,
     "data.cache.size": PLACE,
     "data.channels": First(3, fixed=True),
+    "data.classes": PLACE,
     "data.fingerprint": First(REQUIRED, fixed=True),  # of the training set, in the place of data.train
     "data.max_bad": FREE,
     "data.mean": First([0.485, 0.456, 0.406]),  # as it is resolved
@@ -102,6 +103,7 @@ KEYS: dict[str, First | str] = {
     "engine.zero": FREE,
     "eval.bad": FREE,
     "eval.batch": FREE,
+    "eval.classes": FREE,
     "eval.crop": FREE,
     "eval.every": FREE,
     "eval.interpolation": FREE,

@@ -48,11 +48,15 @@ class _Task:
     location: str
     rule: LabelRule
     is_folder: bool
+    allow_empty: bool
     part: Path
 
 
 def _run(task: _Task, options: Mapping[str, Any] | None) -> ShardScan:
-    scan = scan_folder(task.location) if task.is_folder else scan_shard(task.location, Storage(options), task.rule)
+    if task.is_folder:
+        scan = scan_folder(task.location, allow_empty=task.allow_empty)
+    else:
+        scan = scan_shard(task.location, Storage(options), task.rule)
     with suppress(OSError):  # the build works without it
         _save_part(task.part, scan)
     return scan
@@ -124,6 +128,7 @@ def build_index(
     rule: LabelRule,
     class_names: Sequence[str] = (),
     allow_bad: int = 0,
+    allow_empty: bool = False,
     options: Mapping[str, Any] | None = None,
     num_processes: int = 1,
     advice: str = "mend the tars",
@@ -139,8 +144,10 @@ def build_index(
         size = sum(stat.size for stat in stats) / 1e9
         say(f"{plural(len(stats), 'shard')}, {size:,.2f} GB, to be read from {shards.root}")
     parts = out.with_name(f".{out.name}.parts")
-    tasks = [_Task(location, rule, shards.is_folder, parts / _part_name(location, stat, rule)) for location, stat in
-             zip(shards.locations, stats, strict=True)]  # fmt: skip
+    tasks = [
+        _Task(location, rule, shards.is_folder, allow_empty, parts / _part_name(location, stat, rule))
+        for location, stat in zip(shards.locations, stats, strict=True)
+    ]
     try:
         parts.mkdir(exist_ok=True)
         scans = _scan_all(tasks, [stat.size for stat in stats], shards, allow_bad, options, num_processes, advice, say)

@@ -1,6 +1,8 @@
 """Class names: their list in a file, one numbering for training and validation; whether samples are sorted by class."""
 
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,15 +18,44 @@ CLASSES_FILE = "classes.txt"
 
 
 def read_classes(location: str, storage: Storage) -> tuple[str, ...]:
-    """The class names in a file, one per line. Raises FileNotFoundError, and UserError for a file of another kind."""
+    """The class names in a file, one per line, as they are: a blank at the end of a line belongs to its name.
+
+    Raises FileNotFoundError, and UserError for a file of another kind.
+    """
     try:
-        lines = storage.read(location).decode().splitlines()
+        lines = storage.read(location).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{location}: not UTF-8 text; a class list has one name per line") from None
-    names = tuple(line.strip() for line in lines if line.strip())
+    names = tuple(line.removesuffix("\r") for line in lines if line.strip())
     if not names:
         raise UserError(f"{location}: no class in it; a class list has one name per line")
     return names
+
+
+def canonical(name: str) -> str:
+    """A name for comparison: accents composed (NFC), which macOS writes decomposed. Names themselves are kept."""
+    return unicodedata.normalize("NFC", name)
+
+
+def few(names: Iterable[str]) -> str:
+    """The first three of `names`, quoted."""
+    listed = sorted(names)
+    return ", ".join(repr(name) for name in listed[:3]) + (", ..." if len(listed) > 3 else "")
+
+
+def misnumbered(names: Sequence[str]) -> bool:
+    """Whether names hold numbers in another order than they stand in: class_0, class_1, class_10, class_2. A class
+    number may then mean either order."""
+    parts = [re.fullmatch(r"(.*?)(\d+)", name) for name in names]
+    found = [(part[1], int(part[2])) for part in parts if part]
+    return len(found) == len(names) and len({prefix for prefix, _ in found}) == 1 and found != sorted(found)
+
+
+def without_samples(index: ShardIndex) -> list[str]:
+    """Names of the classes that no good sample has."""
+    labels = index.samples["label"]
+    counts = np.bincount(labels[labels != BAD], minlength=index.num_classes)
+    return [name for name, count in zip(index.class_names, counts, strict=False) if not count]
 
 
 def is_class_sorted(index: ShardIndex) -> bool:
@@ -53,42 +84,76 @@ def _are_numbers(names: Sequence[str]) -> bool:
     return all(name == str(number) for number, name in enumerate(names))
 
 
-def match_classes(train: ShardIndex, val: ShardIndex) -> ShardIndex:
-    """`val` with the class list of `train`: its labels are renumbered if its names are in another order.
+def match_classes(train: ShardIndex, val: ShardIndex, *, subset: bool = False) -> ShardIndex:
+    """`val` with the class list of `train`: its labels are renumbered by name.
 
-    Raises UserError when the sets differ, or when classes without names have numbers that training has not.
+    Raises UserError when the sets differ (with `subset`, `val` may lack classes), or when classes without names have
+    numbers that training has not.
     """
-    if val.class_names == train.class_names:
+    ours, theirs = train.class_names, val.class_names
+    if theirs == ours:
         return val
-    by_number = _are_numbers(train.class_names) or not all(name.isdecimal() for name in train.class_names)
-    if _are_numbers(val.class_names) and by_number:  # folders called 0, 1, 10, 2 are names, in the order of text
+    by_number = _are_numbers(ours) or not all(name.isdecimal() for name in ours)
+    if _are_numbers(theirs) and by_number:  # folders called 0, 1, 10, 2 are names, in the order of text
         largest = int(val.samples["label"].max(initial=BAD))
         if largest >= train.num_classes:
             raise UserError(
                 f"data.val: its labels go up to {largest}, and data.train has {train.num_classes:,} classes; "
                 "both must be of one data set"
             )
-        return replace(val, class_names=train.class_names)
-    if _are_numbers(train.class_names):
+        if misnumbered(ours):
+            raise UserError(
+                f"data.val: its classes are numbers, and those of data.train are called {few(ours)}, in the order of "
+                "text: which class a number means is open; give both the names, or one list: data.classes: FILE"
+            )
+        return replace(val, class_names=ours)
+    if _are_numbers(ours):
         raise UserError(
-            f"data.val: its classes have names ({_some(val.class_names)}), while those of data.train are numbers; "
-            "index both with the same --label and --classes"
+            f"data.val: its classes have names ({few(theirs)}), while those of data.train are numbers; "
+            "index both with the same --label and --classes, or name them: data.classes: FILE"
         )
-    ours, theirs = set(train.class_names), set(val.class_names)
-    missing, extra = sorted(ours - theirs), sorted(theirs - ours)
-    if missing or extra:
+    missing, extra = _only(ours, theirs), _only(theirs, ours)
+    if extra or (missing and not subset):
         sides = [(missing, "only in data.train"), (extra, "only in data.val")]
-        said = "; ".join(f"{len(names):,} {where} ({_some(names)})" for names, where in sides if names)
+        said = "; ".join(f"{len(names):,} {where} ({few(names)})" for names, where in sides if names)
+        remedy = "" if extra else "; if that is meant: --eval.classes subset"
         raise UserError(
-            f"data.val: its classes are not those of data.train ({val.num_classes:,} and {train.num_classes:,}): {said}"
+            f"data.val: its classes are not those of data.train ({val.num_classes:,} and {train.num_classes:,}): "
+            f"{said}{remedy}"
         )
-    if len(ours) < train.num_classes or len(theirs) < val.num_classes:
-        raise UserError("data.val: some of its classes share a name, and stand in another order than in data.train")
-    numbers = {name: number for number, name in enumerate(train.class_names)}
-    table = np.array([*(numbers[name] for name in val.class_names), BAD], np.int32)  # BAD, -1, selects the last
-    samples: Any = val.samples.copy()
+    return _renumbered("data.val", val, ours)
+
+
+def bind_classes(key: str, index: ShardIndex, names: Sequence[str], file: str) -> ShardIndex:
+    """`index` with the classes that `file` lists: by name, or by number where they have no names.
+
+    Raises UserError for a class that is not in the list.
+    """
+    if _are_numbers(index.class_names):
+        largest = int(index.samples["label"].max(initial=BAD))
+        if largest >= len(names):
+            raise UserError(f"data.classes: {file}: {len(names):,} classes, and labels of {key} go up to {largest}")
+        return replace(index, class_names=tuple(names))
+    if extra := _only(index.class_names, names):
+        raise UserError(f"data.classes: {file}: {len(extra):,} classes of {key} are not in it ({few(extra)})")
+    return index if index.class_names == tuple(names) else _renumbered(key, index, tuple(names))
+
+
+def _only(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Those of `names` that are not among the `others`."""
+    known = {canonical(name) for name in others}
+    return [name for name in names if canonical(name) not in known]
+
+
+def _renumbered(key: str, index: ShardIndex, names: tuple[str, ...]) -> ShardIndex:
+    numbers = {canonical(name): number for number, name in enumerate(names)}
+    found = [numbers[canonical(name)] for name in index.class_names]
+    if len(numbers) < len(names) or len(set(found)) < len(found):
+        raise UserError(f"{key}: some of its classes share a name, and stand in another order than in data.train")
+    table = np.array([*found, BAD], np.int32)  # BAD, -1, selects the last
+    samples: Any = index.samples.copy()
     samples["label"] = table[samples["label"]]
-    return replace(val, samples=samples, class_names=train.class_names)
+    return replace(index, samples=samples, class_names=names)
 
 
 def numbering_note(train: ShardIndex, val: ShardIndex) -> str | None:
@@ -97,7 +162,3 @@ def numbering_note(train: ShardIndex, val: ShardIndex) -> str | None:
         return None
     pairs = ", ".join(f"{number} is {name}" for number, name in enumerate(train.class_names[:2]))
     return f"data.val: its classes have no names, so their numbers are taken as data.train's: {pairs}, ..."
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

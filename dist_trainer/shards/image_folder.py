@@ -24,15 +24,15 @@ def stamp_of(folder: str, files: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(times).encode()).hexdigest()[:16]
 
 
-def scan_folder(folder: str) -> ShardScan:
+def scan_folder(folder: str, *, allow_empty: bool = False) -> ShardScan:
     """Read every image of a class folder; its label is the folder's name. A file that is not an image becomes a
     Problem.
 
-    Raises UserError for a folder without images, which is no class.
+    Raises UserError for a folder without images, which is no class, unless `allow_empty`.
     """
     listing = list_images(Path(folder))
     files = listing.images
-    if not files:
+    if not files and not allow_empty:
         raise UserError(f"{folder}: no images ({SUFFIXES_TEXT}) in it, so it is no class; move it elsewhere")
     stamp, size = stamp_of(folder, files), 0
     values: list[tuple[int, ...]] = []

@@ -51,6 +51,8 @@ def join(
     `allow_bad` problems (`advice` says what to do; a line for each of the first 20 follows), for labels beyond
     `class_names`, for a mixture of names and numbers, and when no sample is left.
     """
+    if label_rule.startswith("cls") and not class_names and _mostly_numbers(scans):
+        scans = [_with_numbers(scan, {}, "is a label that is no class number") for scan in scans]
     class_names = tuple(class_names) or _names_found(scans, root)
     order = {name: number for number, name in enumerate(class_names)}
     if len(order) < len(class_names) and any(scan.names for scan in scans):
@@ -92,6 +94,12 @@ def join(
     )
 
 
+def _mostly_numbers(scans: Sequence[ShardScan]) -> bool:
+    """Whether a name in a .cls is a mistake, since most labels are numbers."""
+    numbers = sum(int((scan.samples["label"] >= 0).sum()) for scan in scans)
+    return numbers > sum(int((scan.samples["label"] < BAD).sum()) for scan in scans)
+
+
 def _names_found(scans: Sequence[ShardScan], root: str) -> tuple[str, ...]:
     """The sorted class names of all shards; none where labels are numbers."""
     names = tuple(sorted({name for scan in scans for name in scan.names}))
@@ -103,7 +111,7 @@ def _names_found(scans: Sequence[ShardScan], root: str) -> tuple[str, ...]:
     return names
 
 
-def _with_numbers(scan: ShardScan, order: dict[str, int]) -> ShardScan:
+def _with_numbers(scan: ShardScan, order: dict[str, int], what: str = "is not in the class list") -> ShardScan:
     """Class names become numbers; a name that is not in `order` becomes a problem."""
     rows = np.flatnonzero(scan.samples["label"] < BAD)
     if not len(rows):
@@ -114,12 +122,11 @@ def _with_numbers(scan: ShardScan, order: dict[str, int]) -> ShardScan:
     samples["label"][rows] = numbers
     unknown = np.flatnonzero(numbers == BAD).tolist()
     more = tuple(
-        Problem("", int(samples["offset"][rows[i]]), f"{scan.names[names[i]]!r} is not in the class list", int(rows[i]))
-        for i in unknown
+        Problem("", int(samples["offset"][rows[i]]), f"{scan.names[names[i]]!r} {what}", int(rows[i])) for i in unknown
     )
     for name in ("length", "crc32", "width", "height"):
         samples[name][rows[unknown]] = 0
-    return replace(scan, samples=samples, problems=scan.problems + more)
+    return replace(scan, samples=samples, problems=scan.problems + more, names=scan.names if order else ())
 
 
 def refusal(root: str, problems: Sequence[Problem], allow_bad: int, advice: str) -> UserError:

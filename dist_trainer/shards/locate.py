@@ -46,6 +46,8 @@ def locate(locations: Sequence[str], storage: Storage) -> DataPlace:
             return _remote_folder(location.rstrip("/"), storage) if is_remote(location) else _local_folder(location)
     tars = [tar for location in locations for tar in _expand(location)]
     wrong = next((tar for tar in tars if not tar.endswith(".tar")), None)
+    if wrong is not None and _is_packed(wrong):
+        raise UserError(f"{wrong}: compressed; samples are read by their offset, so decompress it first")
     if wrong is not None:
         raise UserError(f"{wrong}: not a tar by its name; several locations must all be tars")
     if len({is_remote(tar) for tar in tars}) > 1:
@@ -82,6 +84,8 @@ def _relative(tars: Sequence[str]) -> ShardSet:
 def _local_folder(location: str) -> DataPlace:
     folder = Path(location).expanduser().absolute()
     if not folder.is_dir():
+        if _is_packed(folder.name):
+            raise UserError(f"{location}: compressed; samples are read by their offset, so decompress it first")
         found = f"a file that is neither a tar nor an index ({INDEX_SUFFIX})" if folder.exists() else "no such folder"
         raise UserError(f"{location}: {found}")
     index = folder / FILE_NAME
@@ -93,6 +97,11 @@ def _local_folder(location: str) -> DataPlace:
         return DataPlace(str(index), ShardSet(str(folder), tuple(classes), is_folder=True))
     if index.exists():
         return DataPlace(str(index), None)
+    packed = sorted(path.name for path in folder.iterdir() if _is_packed(path.name))
+    if packed:
+        raise UserError(
+            f"{location}: compressed tars there ({packed[0]}); samples are read by their offset, so decompress them"
+        )
     if not classes:
         raise UserError(
             f"{location}: no tars there, and no class folders; dist-trainer shards pack --help says how to make tars"
@@ -103,6 +112,10 @@ def _local_folder(location: str) -> DataPlace:
     )
 
 
+def _is_packed(name: str) -> bool:
+    return name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))
+
+
 def _remote_folder(url: str, storage: Storage) -> DataPlace:
     try:
         names = storage.list(url)
@@ -111,6 +124,8 @@ def _remote_folder(url: str, storage: Storage) -> DataPlace:
     except OSError as error:
         raise UserError(f"{url}: {error.strerror or error}") from None
     tars = tuple(name for name in names if name.endswith(".tar"))
+    if not tars and any(_is_packed(name) for name in names):
+        raise UserError(f"{url}: compressed tars there; samples are read by their offset, so decompress them first")
     if not tars and FILE_NAME not in names:
         raise UserError(f"{url}: no tars there, and no {FILE_NAME}")
     return DataPlace(f"{url}/{FILE_NAME}", ShardSet(url, tars) if tars else None)

@@ -12,7 +12,15 @@ from dist_trainer.data.listing import left_out_text
 from dist_trainer.distributed.cores import cores
 from dist_trainer.errors import LocalError, UserError, plural
 from dist_trainer.shards.build import ShardSet, build_index
-from dist_trainer.shards.classes import CLASSES_FILE, is_class_sorted, match_classes, numbering_note, read_classes
+from dist_trainer.shards.classes import (
+    CLASSES_FILE,
+    few,
+    is_class_sorted,
+    match_classes,
+    numbering_note,
+    read_classes,
+    without_samples,
+)
 from dist_trainer.shards.freshness import check_content, check_shards, is_current
 from dist_trainer.shards.labels import LabelRule
 from dist_trainer.shards.locate import INDEX_SUFFIX, DataPlace, locate, rooted
@@ -37,19 +45,21 @@ def prepare_index(
     options: Mapping[str, Any] | None = None,
     retry: RetryConfig | None = None,
     fallback: Path | None = None,
+    allow_empty: bool = False,
 ) -> tuple[str, str]:
     """The index of `location`, checked against its shards. Local tars and image folders without one are indexed.
 
     Call it on one rank. `fallback` is a folder for indices that cannot be written beside the data: those of read-only
-    folders, and copies of remote ones. Returns (path of a local index file, a line to print or ""). Raises UserError,
-    starting with the config key `key`, for missing, damaged or changed data.
+    folders, and copies of remote ones. With `allow_empty` a class folder may be without images. Returns (path of a
+    local index file, a line to print or ""). Raises UserError, starting with the config key `key`, for missing, damaged
+    or changed data.
     """
     storage = Storage(options, retry or RetryConfig())
     try:
         data_place = locate([location], storage)
         path = _existing(data_place, location, storage, fallback)
         if path is None:
-            return _make(data_place, location, options, fallback)
+            return _make(data_place, location, options, fallback, allow_empty)
         index = ShardIndex.load(path)
         check_shards(index, path, data_place.shards)
         return str(path), check_content(index, path, storage)
@@ -85,6 +95,7 @@ def index_shards(
     out: Path | None = None,
     *,
     label: str | None = None,
+    image: str | None = None,
     classes: str | None = None,
     allow_bad: int = 0,
     options: Mapping[str, Any] | None = None,
@@ -100,9 +111,9 @@ def index_shards(
     shards = data_place.shards
     if shards is None:
         raise UserError(f"{locations[0]}: is an index; name the tars to make one of")
-    if shards.is_folder and (label is not None or classes is not None):
+    if shards.is_folder and (label is not None or image is not None or classes is not None):
         raise UserError(
-            f"{locations[0]}: an image folder, whose classes are its folders; leave --label and --classes out"
+            f"{locations[0]}: an image folder, whose classes are its folders; leave --label, --image and --classes out"
         )
     if out is None:
         out = Path(data_place.index)
@@ -114,7 +125,7 @@ def index_shards(
     if out.suffix != INDEX_SUFFIX or not out.absolute().parent.is_dir():
         wrong = "its folder is not there" if out.suffix == INDEX_SUFFIX else f"an index's name ends in {INDEX_SUFFIX}"
         raise UserError(f"--out: {out}: {wrong}")
-    rule = LabelRule.parse(label or "cls")
+    rule = LabelRule.parse(label or "cls", image or "")
     try:
         class_names = class_list(shards, storage) if classes is None else read_classes(classes, storage)
     except OSError as error:
@@ -137,12 +148,17 @@ def index_shards(
 
 
 def describe(index: ShardIndex, path: Path) -> str:
-    """`8 tars, 1,200 samples, 10 classes: /data/train/index.dtx`, with bad samples and a sorted order, if any."""
+    """`8 tars, 1,200 samples, 10 classes: /data/train/index.dtx`, with bad samples, a sorted order, files that are left
+    out and classes without a sample, if any.
+    """
     kind, each = ("tar", "sample") if index.names is None else ("class folder", "image")
     bad = f", {len(index.problems):,} of them bad" if index.problems else ""
+    missing = without_samples(index)
+    first = ": do labels begin at 1?" if missing == ["0"] else ""
+    empty = f"; warning: {plural(len(missing), 'class')} without a sample ({few(missing)}{first})" if missing else ""
     order = ", sorted by class (training takes order full)" if is_class_sorted(index) else ""
     what = f"{plural(len(index.shards), kind)}, {plural(len(index), each)}{bad}, {plural(index.num_classes, 'class')}"
-    return f"{what}{left_out_text(index.left_out)}{order}: {path}"
+    return f"{what}{order}{left_out_text(index.left_out)}{empty}: {path}"
 
 
 # Where the index is
@@ -201,7 +217,11 @@ def _identity(index: ShardIndex) -> tuple[str, str, tuple[str, ...]]:
 
 
 def _make(
-    data_place: DataPlace, location: str, options: Mapping[str, Any] | None, fallback: Path | None
+    data_place: DataPlace,
+    location: str,
+    options: Mapping[str, Any] | None,
+    fallback: Path | None,
+    allow_empty: bool,
 ) -> tuple[str, str]:
     """Index local tars or an image folder: (the index file, the line that says so)."""
     assert data_place.shards is not None  # otherwise it would exist, or have been refused
@@ -220,6 +240,7 @@ def _make(
         rule=LabelRule(),
         class_names=class_list(data_place.shards, Storage(options)),
         num_processes=cores(),
+        allow_empty=allow_empty,
         advice=f"repair them, or see dist-trainer shards index '{location}' --allow_bad N, --label RULE",
     )
     return str(out), f"indexed {describe(index, out)}"

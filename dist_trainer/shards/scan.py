@@ -6,6 +6,7 @@ import re
 import struct
 import warnings
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,10 +16,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from dist_trainer.data.index import BAD, SAMPLE, Problem
-from dist_trainer.data.listing import IMAGE_SUFFIXES, SUFFIXES_TEXT, passed_over
+from dist_trainer.data.listing import SUFFIXES_TEXT, is_image, passed_over
 from dist_trainer.errors import UserError
 from dist_trainer.shards.join import ShardScan
-from dist_trainer.shards.labels import LabelRule
+from dist_trainer.shards.labels import LabelRule, obvious_field
 from dist_trainer.shards.tar import Damage, Member, members
 from dist_trainer.storage.storage import Storage
 
@@ -98,6 +99,12 @@ class _Scanner:
         self._seen: set[str] = set()
         self._sample: _Sample | None = None
         self._damaged = False
+        self._without = Counter[str]()
+        """Samples that have no label or no image."""
+        self._hint = ""
+        """The --label that their .json suggests."""
+        self._images: list[str] = []
+        """What might be the first sample's image."""
 
     def _tombstone(self, offset: int, reason: str) -> None:
         self.problems.append(Problem(self._shard, offset, reason, len(self.rows)))
@@ -132,7 +139,7 @@ class _Scanner:
             return
         if not member.is_file:
             sample.suffixes.append(f"{suffix} (no regular file)")
-        elif suffix in IMAGE_SUFFIXES:
+        elif self._rule.is_image(suffix):
             self._add_image(sample, member)
         elif suffix == self._rule.kind:
             if sample.label is not None:
@@ -140,6 +147,8 @@ class _Scanner:
             sample.label = member.offset, self._read(member)
         else:
             sample.suffixes.append(suffix)
+            if suffix == "json" and not self._hint:
+                self._hint = obvious_field(self._read(member))
 
     def _add_image(self, sample: _Sample, member: Member) -> None:
         if sample.image is not None:
@@ -167,11 +176,14 @@ class _Scanner:
     def _end(self, sample: _Sample) -> None:
         sample.is_done = True
         if sample.image is None:
+            self._without["image"] += 1
+            self._images = self._images or [each for each in sample.suffixes if is_image(f"x.{each}")]
             only = f", only {', '.join(sample.suffixes)}" if sample.suffixes else ""
             sample.blame(sample.offset, f"sample {sample.key!r} has no image ({SUFFIXES_TEXT}){only}")
         offset, text = (sample.offset, b"") if self._rule.kind == "key" else sample.label or (sample.offset, None)
         label = BAD
         if text is None:
+            self._without["label"] += 1
             what = f"(.{self._rule.kind}; --label says where labels are)"
             sample.blame(offset, f"sample {sample.key!r} has no label {what}")
         else:
@@ -188,13 +200,26 @@ class _Scanner:
             offset, length, crc32, width, height = sample.image
             self.rows.append((offset, length, label, crc32, width, height))
 
+    def refuse_wrong_rule(self) -> None:
+        """Raises UserError, one line for all samples, where none has a label or an image and it is seen why."""
+        count = len(self._seen)
+        if count and self._without["image"] == count and self._images:
+            raise UserError(
+                f"{self._shard}: no sample has one image of its own, but {', '.join(self._images)}: "
+                f"choose one with --image {self._images[0]}"
+            )
+        if count and self._without["label"] == count and self._hint:
+            raise UserError(
+                f"{self._shard}: no sample has a .{self._rule.kind}, but its .json names a class: --label {self._hint}"
+            )
+
 
 def scan_shard(location: str, storage: Storage, rule: LabelRule) -> ShardScan:
     """Read one tar, local or remote, from end to end.
 
     A destroyed or zeroed header (with everything up to the next whole one), a truncation, a key that comes twice or in
-    two places, a sample without image or label, a label that is none and an image whose header does not parse each
-    become a Problem and a row with the label BAD.
+    two places, a sample without image or label, a label that is none and an image that does not decode each become a
+    Problem and a row with the label BAD. Raises UserError where no sample has a label or an image for a wrong `rule`.
     """
     stat = storage.stat(location)
     with storage.open(location) as file:
@@ -205,6 +230,7 @@ def scan_shard(location: str, storage: Storage, rule: LabelRule) -> ShardScan:
             else:
                 scanner.add(found)
         scanner.finish()
+    scanner.refuse_wrong_rule()
     return ShardScan(rows(scanner.rows), stat.size, stat.stamp, tuple(scanner.problems), tuple(scanner.names))
 
 

@@ -62,6 +62,7 @@ OTHER: dict[str, str] = {
     "data.max_bad": "7",
     "ema.device": "cpu",
     "eval.bad": "fail",
+    "eval.classes": "subset",
     "eval.batch": "18",
     "eval.crop": "24",
     "eval.every": "1step",
@@ -77,7 +78,7 @@ OTHER: dict[str, str] = {
 }
 """Another value of each key of evaluation, logging, saving and averaging. They change no bit of the weights."""
 LATER = {
-    *("log.csv", "log.tensorboard", "log.verbose"),
+    *("log.csv", "log.tensorboard", "log.verbose", "eval.classes"),
     *(f"checkpoint.{key}" for key in ("background", "best_metric", "grace", "keep_best", "keep_every", "max_failed")),
 }
 """Those that the version which made the folder did not have."""

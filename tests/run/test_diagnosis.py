@@ -148,7 +148,7 @@ def test_advice_can_be_followed_and_classes_without_samples_are_named() -> None:
         new_parser("train", ""), ["--data.train=t", "--data.val=v", f"--ema.decay={advised[1]}"]
     )
     assert 0.999 < float(advised[1]) < 1.0
-    (_, named) = sorted(warnings(config, parts, 10, ["dog", "cat", "a b", "c"]), reverse=True)
+    (_, named) = sorted(warnings(config, parts, 10, {"data.train": ["dog", "cat", "a b", "c"]}), reverse=True)
     assert named == "data.train: 4 classes without a sample, which cannot be learned: 'dog', 'cat', 'a b' ..."
 
 

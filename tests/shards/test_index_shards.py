@@ -243,7 +243,7 @@ def test_all_problems_are_said_at_once_and_as_many_as_allowed_are_kept_as_bad_sa
     lines = refused(folder, allow_bad=24)
     assert lines[0].startswith(f"{folder}: 25 problems in 2 shards, where 24 may be bad; ")
     assert "--allow_bad" in lines[0]
-    assert lines[1].startswith("  1.tar: at byte 0: the label of sample '000' is 'x'")
+    assert lines[1].startswith("  1.tar: at byte 1536: 'x' is a label that is no class number")
     assert len(lines) == 22
     assert lines[-1] == "  and 5 more"
     index = indexed(folder, allow_bad=25)

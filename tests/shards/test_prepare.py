@@ -237,14 +237,14 @@ def test_validation_gets_the_class_list_of_training() -> None:
 @pytest.mark.parametrize(
     ("train", "val", "said"),
     [
-        (("a", "b", "c"), ("a", "b", "d"), "(3 and 3): 1 only in data.train (c); 1 only in data.val (d)"),
-        (("a", "b"), ("b", "a", "c"), "(3 and 2): 1 only in data.val (c)"),
-        (("a", "b"), ("a",), "(1 and 2): 1 only in data.train (b)"),
-        (("a",), ("v", "w", "x", "y", "z"), "1 only in data.train (a); 5 only in data.val (v, w, x, ...)"),
-        (NUMBERS, ("v", "w"), "have names (v, w), while those of data.train are numbers"),
+        (("a", "b", "c"), ("a", "b", "d"), "(3 and 3): 1 only in data.train ('c'); 1 only in data.val ('d')"),
+        (("a", "b"), ("b", "a", "c"), "(3 and 2): 1 only in data.val ('c')"),
+        (("a", "b"), ("a",), "(1 and 2): 1 only in data.train ('b'); if that is meant: --eval.classes subset"),
+        (("a",), ("v", "w", "x", "y", "z"), "1 only in data.train ('a'); 5 only in data.val ('v', 'w', 'x', ...)"),
+        (NUMBERS, ("v", "w"), "have names ('v', 'w'), while those of data.train are numbers"),
         (("a", "b"), NUMBERS, "labels go up to 4, and data.train has 2 classes"),
         (("crane", "crane", "owl"), ("owl", "crane", "crane"), "share a name, and stand in another order"),
-        (("0", "1", "10", "2"), ("0", "1", "2", "3"), "1 only in data.train (10); 1 only in data.val (3)"),
+        (("0", "1", "10", "2"), ("0", "1", "2", "3"), "1 only in data.train ('10'); 1 only in data.val ('3')"),
     ],
 )
 def test_other_classes_in_validation_are_refused(train: tuple[str, ...], val: tuple[str, ...], said: str) -> None:
