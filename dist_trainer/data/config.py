@@ -48,6 +48,10 @@ class DataConfig:
     """Per channel, of pixels in [0, 1]; empty: as data.preprocess says."""
     std: list[PixelStd] = field(default_factory=list)
     """Per channel, of pixels in [0, 1]; empty: as data.preprocess says."""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """Whether images are turned as their EXIF orientation says. ignore: as timm and torchvision train."""
+    max_pixels: Positive = 178_956_970
+    """Width times height up to which an image is decoded; a larger one is a bad sample. Default: Pillow's limit."""
     max_bad: NotNegative | Literal["auto"] = "auto"
     """Stop when more different samples than this were bad. auto: one in 10,000, at least 10."""
     cache: CacheConfig = field(default_factory=CacheConfig)

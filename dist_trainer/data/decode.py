@@ -7,10 +7,10 @@ from functools import cache
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional
 
 from dist_trainer.data import jpeg_region
+from dist_trainer.data.pillow import Image
 
 _JPEG = b"\xff\xd8"
 _PNG = b"\x89PNG\r\n\x1a\n"

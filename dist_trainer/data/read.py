@@ -36,9 +36,10 @@ _KNOWN_BLOCKS = 4096
 
 @dataclass(frozen=True)
 class Bad:
-    """A sample that cannot be used: its bytes are not those indexed, it does not decode, or it has no label."""
+    """A sample that cannot be used: its bytes are not those indexed, it does not decode, or it has no label; or a place
+    that only fills its batch."""
 
-    kind: Literal["crc", "decode", "label"]
+    kind: Literal["crc", "decode", "label", "padding"]
     reason: str
 
 

@@ -10,7 +10,8 @@ from dist_trainer.data.augment import Augment, CenterCrop, crop_boxes
 from dist_trainer.data.bad_samples import BadSample
 from dist_trainer.data.batch import Batch, EvalAddress, SlotAddress
 from dist_trainer.data.config import DataConfig
-from dist_trainer.data.decode import Box, decode, decode_region, resize
+from dist_trainer.data.decode import Box, resize
+from dist_trainer.data.decoder import Decoder, Encoded
 from dist_trainer.data.index import ShardIndex
 from dist_trainer.data.order import ClassOrder, EpochOrder, OrderSpec
 from dist_trainer.data.read import Bad, Reader
@@ -19,8 +20,7 @@ from dist_trainer.draws import DRAW, STAGE, UInt64, hashes, key, permute
 from dist_trainer.errors import Outage, UserError
 from dist_trainer.plan import Plan
 
-Encoded = bytes | torch.Tensor | Bad
-"""An encoded image, pixels that a stage has put there (uint8 [C, H, W]), or a sample that cannot be used."""
+_PADDING = Bad("padding", "it only fills the batch")
 
 
 class _Samples(Dataset[Batch]):
@@ -28,6 +28,7 @@ class _Samples(Dataset[Batch]):
 
     def __init__(self, index: ShardIndex, config: DataConfig, split: str, *, whole_blocks: bool = True) -> None:
         self._index, self._channels, self._split = index, config.channels, split
+        self._decode = Decoder(config)
         self._stages = Stages(config.stages)
         self._reader = Reader(
             index, options=config.storage_options, retry=config.retry, cache=config.cache, whole_blocks=whole_blocks
@@ -67,7 +68,7 @@ class _Samples(Dataset[Batch]):
         )
         if self._outage is None:
             try:
-                data: list[Encoded] = [*self._reader.read(ids)]
+                data = self._read(ids, counts)
                 if self._stages:
                     data = self._staged(ids, data, keys, labels)
                 rows = self._images(address, ids, data, keys)
@@ -82,6 +83,20 @@ class _Samples(Dataset[Batch]):
         if self._outage is not None:
             self._without_data(batch)
         return batch
+
+    def _read(self, ids: np.ndarray, counts: np.ndarray) -> list[Encoded]:
+        """The samples' bytes. What is larger than data.max_pixels is not read."""
+        rows = self._index.samples[ids]
+        large = [self._decode.too_large(*size) for size in rows[["width", "height"]].tolist()]
+        wanted = [p for p, needed in enumerate(self._wanted(counts).tolist()) if needed and large[p] is None]
+        data: list[Encoded] = [each or _PADDING for each in large]
+        for position, each in zip(wanted, self._reader.read(ids[wanted]), strict=True):
+            data[position] = each
+        return data
+
+    def _wanted(self, counts: np.ndarray) -> np.ndarray:
+        """Whether each place of a batch needs its image, bool [m]: in training all, since batch-norm sees them."""
+        return np.ones(len(counts), bool)
 
     def _without_data(self, batch: Batch) -> None:
         """Fill a batch without data during an outage; no step is taken with it."""
@@ -126,17 +141,6 @@ class _Samples(Dataset[Batch]):
                 f"uint8 [{self._channels}, H, W]"
             )
         return image, int(label)
-
-    def _decode(self, data: Encoded, box: Box | None = None) -> torch.Tensor | Bad:
-        """uint8 [C, H, W], or of the box alone."""
-        if isinstance(data, Bad):
-            return data
-        if isinstance(data, torch.Tensor):
-            return data if box is None else data[:, box[1] : box[1] + box[3], box[0] : box[0] + box[2]]
-        try:
-            return decode(data, self._channels) if box is None else decode_region(data, self._channels, box)
-        except ValueError as error:
-            return Bad("decode", str(error))
 
     def _substitute(self, batch: Batch, rows: list[torch.Tensor | Bad]) -> None:
         """Bad samples get weight 0 and the pixels and label of the nearest good sample before them, cyclically."""
@@ -216,11 +220,7 @@ class _Augmented(_Samples):
         boxes: list[Any] = [None] * len(ids)
         if crop is not None and size is not None:
             self._shape = self._shape_at(step)
-            rows = self._index.samples[ids]
-            widths, heights = (np.maximum(rows[name].astype(np.int64), 1) for name in ("width", "height"))
-            for position, each in enumerate(data):
-                if isinstance(each, torch.Tensor):
-                    heights[position], widths[position] = each.shape[1:]
+            widths, heights = self._decode.sizes(data, self._index.samples[ids])
             boxes = crop_boxes(crop, widths, heights, keys).tolist()
         return [
             self._image(sample, each, box, size, key, step)
@@ -306,6 +306,9 @@ class EvalSamples(_Samples):
         self._center_crop = transform
         if transform.crop is not None:
             self._shape = (config.channels, transform.crop, transform.crop)
+
+    def _wanted(self, counts: np.ndarray) -> np.ndarray:
+        return counts
 
     def _samples_at(self, address: EvalAddress) -> tuple[np.ndarray, np.ndarray, UInt64]:
         positions = np.arange(address.number * address.size, (address.number + 1) * address.size)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import webdataset
-from PIL import Image
 
+from dist_trainer.data.pillow import Image
 from dist_trainer.errors import UserError
 from dist_trainer.packing.sources import Source
 from dist_trainer.shards.join import ShardScan
@@ -164,15 +164,19 @@ class Shard:
 def shrink(data: bytes, size: tuple[int, int], max_side: int, quality: int) -> bytes:
     """A JPEG of the image, whose (width, height) are `size`, with `max_side` pixels on its longer side.
 
-    Decoded as the trainer decodes, made smaller by Pillow's LANCZOS filter (antialiased), encoded as RGB without EXIF,
-    whatever it was before; its orientation is not applied. Raises ValueError for an image that does not decode.
+    Decoded as the trainer decodes, made smaller by Pillow's LANCZOS filter (antialiased), encoded as RGB, whatever it
+    was before. Of EXIF the orientation is kept, about which data.exif decides. Raises ValueError for an image that does
+    not decode.
     """
     from dist_trainer.data.decode import decode
+    from dist_trainer.data.exif import orientation, orientation_alone
 
     pixels = decode(data, 3).permute(1, 2, 0).numpy()
     new = [max(1, round(side * max_side / max(size))) for side in size]
     buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((new[0], new[1]), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality)
+    exif = orientation_alone(orientation(data)[0])
+    small = Image.fromarray(pixels).resize((new[0], new[1]), Image.Resampling.LANCZOS)
+    small.save(buffer, "JPEG", quality=quality, **exif)
     return buffer.getvalue()
 
 

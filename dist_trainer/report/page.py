@@ -37,8 +37,8 @@ class Validation:
     """What the best weights of one run say of the validation set."""
 
     mistakes: Mistakes
-    pictures: list[tuple[str, str, str]]
-    """(image as a data URL, class, what was said)."""
+    pictures: list[tuple[str, str, str, str]]
+    """(image as a data URL, class, what was said, the file's own name)."""
     note: str
 
 
@@ -109,12 +109,13 @@ def look_at_validation(run: RunRecord, say: Callable[[str], None]) -> Validation
     if said is None:
         return None
     ids, note = surely_wrong(said, NUM_PICTURES), ""
-    shown: list[tuple[str, str, str]] = []
+    shown: list[tuple[str, str, str, str]] = []
     try:
         config, index = open_validation(run)
         names = names or list(index.class_names)
-        for picture, (label, answer) in zip(pictures(config, index, ids), captions(index, said, ids), strict=True):
-            shown.append((data_url(picture), label, answer))
+        of_each = zip(pictures(config, index, ids), captions(index, said, ids), ids, strict=True)
+        for picture, (label, answer), sample in of_each:
+            shown.append((data_url(picture), label, answer, index.describe(sample)))
     except (UserError, OSError) as error:
         note = f"The images are left out: {error}"
         say(f"warning: {run.folder}: no images of what is wrong: {error}")

@@ -71,6 +71,8 @@ KEYS: dict[str, First | str] = {
     "data.fingerprint": First(REQUIRED, fixed=True),  # of the training set, in the place of data.train
     "data.max_bad": FREE,
     "data.mean": First([0.485, 0.456, 0.406]),  # as it is resolved
+    "data.exif": First("ignore", fixed=True),
+    "data.max_pixels": First(178_956_970),
     "data.num_samples": First(None, fixed=True),
     "data.order": First("auto", fixed=True),
     "data.preprocess": PLACE,  # fills other keys, which count

@@ -13,10 +13,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from dist_trainer.data.index import BAD, SAMPLE, Problem
 from dist_trainer.data.listing import SUFFIXES_TEXT, is_image, passed_over
+from dist_trainer.data.pillow import Image
 from dist_trainer.errors import UserError
 from dist_trainer.shards.join import ShardScan
 from dist_trainer.shards.labels import LabelRule, obvious_field
@@ -26,6 +26,7 @@ from dist_trainer.storage.storage import Storage
 LABEL_SUFFIX = "cls"
 _MAX_SIDE = 2**16 - 1  # pixels, as the index holds them
 _MAX_LENGTH = 2**31 - 1  # bytes; no such image decodes
+_CHECKED = 2**25  # pixels: what is larger takes too much memory to be decoded here
 _ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND\xaeB`\x82"}
 """How a whole JPEG or PNG begins and ends. Others, and those with something behind their end, are decoded to see."""
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's own: a key ends at the first dot of the base name
@@ -42,7 +43,8 @@ def measure(data: bytes) -> tuple[int, int, int]:
     except Exception:  # Pillow's plugins raise whatever they meet
         found = f"{len(data):,} bytes, which begin with {data[:16]!r}" if data else "it is empty"
         raise ValueError(f"does not decode: {found}") from None
-    if not (data[:2] in _ENDS and data.endswith(_ENDS[data[:2]])) and (fault := _fault(data)):
+    ends_well = data[:2] in _ENDS and data.endswith(_ENDS[data[:2]])
+    if not ends_well and width * height <= _CHECKED and (fault := _fault(data)):
         raise ValueError(f"does not decode: {fault}")
     if max(width, height) > _MAX_SIDE:
         raise ValueError(f"is {width} x {height}, over {_MAX_SIDE:,} a side")

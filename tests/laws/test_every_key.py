@@ -131,6 +131,7 @@ def test_a_near_miss_of_its_name_is_answered_with_the_name(key: str, tmp_path: P
 
 OUT_OF_RANGE: dict[str, list[Any]] = {
     "data.classes": ["nowhere.txt"],
+    "data.max_pixels": [0, -1],
     "data.num_samples": [0, -1],
     "data.workers": [-1],
     "data.mean": [[-0.1], [0.5, 0.5]],

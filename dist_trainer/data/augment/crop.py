@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from dist_trainer.data.augment.strip import centre_of_resized, is_strip
 from dist_trainer.draws import CROP, UInt64, uniform
 from dist_trainer.errors import UserError
 from dist_trainer.plan import Duration, DurationText, Plan
@@ -105,9 +106,12 @@ class CenterCrop:
         self.crop, self._resize, self._interpolation = crop, resize, interpolation
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        for step in self._steps:
+        steps = self._steps
+        if self._resize and self.crop and is_strip(image):
+            image, steps = centre_of_resized(image, self._resize, self.crop, self._interpolation), steps[1:]
+        for step in steps:
             image = step(image)
-        return image
+        return image.contiguous()  # a view would keep the whole image until its batch is full
 
     @cached_property
     def _steps(self) -> list[Any]:
