@@ -98,6 +98,7 @@ GOLDEN = {
         ("autoaugment", v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, fill=MEAN)),
         ("randaugment", v2.RandAugment(fill=MEAN)),
         ("trivialaugment", v2.TrivialAugmentWide(fill=MEAN)),
+        ("augmix", v2.AugMix(fill=MEAN)),
     ],
 )
 def test_policies_are_torchvisions_on_pil_images(name: str, theirs: Any) -> None:

@@ -41,7 +41,8 @@ class AugmentConfig:
     color_jitter: float = 0.0
     """Brightness, contrast and saturation by factors from [1 - j, 1 + j]; 0.4 is usual, 0 is off."""
     policy: Named = field(default_factory=lambda: Named(name=OFF))
-    """none, autoaugment, randaugment or trivialaugment, with torchvision's args."""
+    """none; autoaugment, randaugment, trivialaugment or augmix, with torchvision's args; or timm's notation, such as
+    rand-m9-mstd0.5-inc1, augmix-m3, 3a."""
     transforms: list[Named] = field(default_factory=list)
     """More per-image transforms: a torchvision v2 class by name, or package.module:Name, on uint8 [C, H, W]."""
     erase: Named = field(default_factory=lambda: Named(name=OFF))
@@ -74,7 +75,8 @@ class Augment:
         self._steps: list[Transform] = [*([on_pil] if on_pil else []), *steps]
         self._keeps_size = not steps
         self._erase = _eraser(config.erase, torch.tensor(fill, dtype=torch.uint8)[:, None, None], plan)
-        self._seed_step = seed_all if any(":" in named.name for named in config.transforms) else _seed_torch
+        others = on_pil.is_timms or any(":" in named.name for named in config.transforms)
+        self._seed_step = seed_all if others else _seed_torch
 
     @property
     def last_step(self) -> int:

@@ -1,4 +1,5 @@
-"""Colour jitter and the learned or random policies: AutoAugment, RandAugment, TrivialAugment; torchvision's, on PIL.
+"""Colour jitter and the learned or random policies, on PIL: torchvision's AutoAugment, RandAugment, TrivialAugment and
+AugMix, or timm's by its notation.
 
 Policies on PIL images, both conversions included, take 0.55 to 0.86 of their time on tensors (benchmarks/augment.py).
 Jitter alone takes 1.3 of it, but uses integers here: on tensors contrast needs the mean, a sum of floats whose last bit
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from dist_trainer.by_name import Named, build
+from dist_trainer.data.augment.timm_policy import is_timms, timm_policy
 from dist_trainer.errors import UserError
 
 OFF = "none"
@@ -25,7 +27,12 @@ def _policies() -> dict[str, Callable[..., Any]]:
         """Cubuk et al. 2019; `policy`: imagenet, cifar10 or svhn."""
         return v2.AutoAugment(v2.AutoAugmentPolicy(policy), **args)
 
-    return {"autoaugment": autoaugment, "randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
+    return {
+        "augmix": v2.AugMix,
+        "autoaugment": autoaugment,
+        "randaugment": v2.RandAugment,
+        "trivialaugment": v2.TrivialAugmentWide,
+    }
 
 
 def _check_magnitudes(built: Any, policy: Named) -> None:
@@ -39,7 +46,7 @@ def _check_magnitudes(built: Any, policy: Named) -> None:
 
 
 class OnPil:
-    """uint8 [C, H, W] through torchvision transforms as a PIL image. They draw from torch's default generator."""
+    """uint8 [C, H, W] through transforms as a PIL image. torchvision's draw from torch's default generator."""
 
     def __init__(self, jitter: float, policy: Named, fill: Sequence[int]) -> None:
         """Raises UserError for unknown names and impossible values."""
@@ -50,7 +57,13 @@ class OnPil:
             from torchvision.transforms import v2  # where it is used: that costs a loader process two seconds
 
             self._steps.append(v2.ColorJitter(jitter, jitter, jitter))
-        if policy.name != OFF:
+        self.is_timms = is_timms(policy.name)
+        """Whether it draws from Python's and NumPy's generators, too."""
+        if self.is_timms:
+            if policy.args:
+                raise UserError(f"augment.policy.args: {policy.args}: {policy.name} says all in its name; remove them")
+            self._steps.append(timm_policy(policy.name, fill))
+        elif policy.name != OFF:
             args = {"fill": list(fill), **policy.args}
             built = build("augment.policy", Named(name=policy.name, args=args), _policies(), kind="policy")
             _check_magnitudes(built, policy)
