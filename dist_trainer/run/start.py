@@ -44,6 +44,7 @@ from dist_trainer.run_folder.identity import auto_name, find_run, identity
 from dist_trainer.run_folder.mirror import Mirror
 from dist_trainer.storage.storage import Storage
 from dist_trainer.tricks.batch_norm import RunningStatistics
+from dist_trainer.tricks.compiling import allow_sizes, compile_note
 from dist_trainer.tricks.ema import Ema, EmaConfig
 from dist_trainer.tricks.sync_bn import synchronised
 
@@ -97,6 +98,7 @@ def notes_on(config: TrainConfig, data: RunData, blueprint: Blueprint, world: Wo
     notes = [
         precision_note(config.engine.precision, world.device),
         shared_memory_note(needs, config, world),
+        compile_note(world.device) if config.engine.compile else None,
         *warnings(config, blueprint, data.num_classes, data.without_samples),
     ]
     return [f"warning: {note}" for note in notes if note]
@@ -178,6 +180,8 @@ def build_learner(
 
     Raises UserError for settings that exclude each other.
     """
+    if config.engine.compile:
+        allow_sizes(len(blueprint.augment.sizes))
     engine = build_engine(
         config.engine,
         model=blueprint.model,

@@ -26,6 +26,28 @@ def compile_training(model: nn.Module, device: torch.device) -> None:
     model.compile(dynamic=False, options={"fallback_random": True})
 
 
+def allow_sizes(count: int) -> None:
+    """Let torch compile a function for each of so many sizes of images.
+
+    It would stop at the ninth, with a warning of its own, and the largest images of a growing crop go uncompiled.
+    """
+    import torch._dynamo
+
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 8 * count)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 256 * count)
+
+
+def compile_note(device: torch.device) -> str | None:
+    """A line where compiled code is known to end processes."""
+    if device.type != "cpu":
+        return None
+    return (
+        "engine.compile: on a CPU torch's compiled backward may end the process without a word (seen with 2.14.1: "
+        "pytorch issue 181689); it is meant for GPUs"
+    )
+
+
 def _small(x: torch.Tensor) -> torch.Tensor:
     return x.sin() + 1
 

@@ -24,6 +24,7 @@ from dist_trainer.errors import UserError
 from dist_trainer.models import ModelConfig, build_model
 from dist_trainer.plan import BatchConfig, Duration, make_plan
 from dist_trainer.tricks.batch_norm import RunningStatistics
+from dist_trainer.tricks.compiling import allow_sizes, compile_training
 from dist_trainer.tricks.gradient_checkpointing import checkpoint_blocks
 from dist_trainer.tricks.precise_bn import re_estimate
 from dist_trainer.tricks.sync_bn import check_same_world, check_sync_bn, synchronised
@@ -155,6 +156,25 @@ def test_compiled_training_differs_by_rounding_alone(alone: None) -> None:
     assert found[0].keys() == found[1].keys() == {"bn.running_mean", "bn.running_var"}
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
     assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="engine.compile needs g++")
+@pytest.mark.slow
+def test_each_size_of_a_growing_crop_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch stops at the ninth. Mutation: leave its limit."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    for name in ("recompile_limit", "accumulated_recompile_limit"):  # to be as it was after this test
+        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
+    torch._dynamo.reset()
+    counters.clear()
+    allow_sizes(11)
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())
+    compile_training(model, torch.device("cpu"))
+    for side in range(5, 16):
+        model(torch.zeros(1, 3, side, side)).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1 + 11  # with the trial's
 
 
 @pytest.mark.slow
