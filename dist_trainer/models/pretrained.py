@@ -1,20 +1,23 @@
 """Initial weights: read from a file of any kind, matched by name, with a report of everything that did not fit.
 
 Nothing in a file is ever executed: safetensors, or torch's format with `weights_only`. Besides torch's own list only
-argparse.Namespace is allowed, in which timm's checkpoints keep their arguments.
+argparse.Namespace is allowed, in which timm's checkpoints keep their arguments, and NumPy's numbers and arrays, in
+which some programs keep their accuracy.
 """
 
 import argparse
+import codecs
 import hashlib
 import io
 import math
 import pickle
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -22,17 +25,15 @@ from torch import nn
 
 from dist_trainer.distributed.collectives import broadcast_tensors, on_main
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import UserError, some
+from dist_trainer.errors import UserError, plural, some
 from dist_trainer.models import ModelConfig
+from dist_trainer.models.match_names import WRAPPERS, bound
 from dist_trainer.models.published import Published, chosen, fetch, tags_of
 from dist_trainer.run_folder import checkpoint
 from dist_trainer.run_folder.fetch import local_weights
 from dist_trainer.storage.storage import Storage, is_remote
+from dist_trainer.tensors import State
 
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-"""Keys under which training programs keep weights, in the order in which they are tried, which is timm's."""
-_PREFIXES = ("module.", "_orig_mod.")
-"""Prefixes that DistributedDataParallel, AveragedModel and torch.compile add to every name."""
 _SHOWN = 8
 
 
@@ -53,12 +54,15 @@ class LoadReport:
     """The model's tensors that are not in the file: they keep their random values."""
     unexpected: list[str]
     """Entries of the file that the model does not have."""
+    stripped: list[str] = field(default_factory=list)
+    """Prefixes of other programs that were taken off the file's names."""
 
     def lines(self) -> list[str]:
         """For the user: a summary, then a line for each name, up to a few of a kind."""
+        without = f", without {', '.join(self.stripped)}" if self.stripped else ""
         lines = [
             f"pretrained: {self.loaded} of {self.num_tensors} tensors, {self.share:.1%} of the parameters, "
-            f"from {self.source}"
+            f"from {self.source}{without}"
         ]
         for kind in ("dropped", "missing", "unexpected"):
             names = getattr(self, kind)
@@ -151,7 +155,7 @@ def _parse(data: bytes, location: str) -> Any:
     if not data.startswith((b"PK\x03\x04", b"\x80")):
         raise UserError(f"model.pretrained: {location}: neither a safetensors nor a torch file")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *_numpys()]):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         match = re.search(r"GLOBAL (\S+)", str(error))
@@ -165,11 +169,20 @@ def _parse(data: bytes, location: str) -> Any:
         raise UserError(f"model.pretrained: {location}: not a whole torch file ({reason})") from None
 
 
+def _numpys() -> list[Any]:
+    """What a pickle of a NumPy number or array names. Neither runs code; NumPy 1 called their module otherwise."""
+    core = np._core.multiarray  # type: ignore[attr-defined]
+    made = [(each, f"numpy.{name}.multiarray.{each.__name__}") for name in ("core", "_core") for each in
+            (core.scalar, core._reconstruct)]  # fmt: skip
+    kinds = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdFD"]
+    return [*made, np.dtype, np.ndarray, *kinds, (codecs.encode, "_codecs.encode")]
+
+
 def unwrap(content: Any, location: str) -> tuple[Mapping[str, Any], str]:
     """(weights by name, the key of a training program's checkpoint that they were under, or ""). Raises UserError."""
     taken: list[str] = []
     while isinstance(content, Mapping):
-        inner = next((name for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
+        inner = next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
         if inner is None:
             break
         content, taken = content[inner], [*taken, inner]
@@ -206,7 +219,7 @@ def fit(model: nn.Module, weights: Mapping[str, Any], source: str, sha256: str =
     Raises UserError, and loads nothing, if another shape differs or no name matches.
     """
     own = model.state_dict()
-    named = {key if key in own else _without_prefixes(key): value for key, value in weights.items()}
+    named, stripped = bound(weights, own)
     matched: dict[str, torch.Tensor] = {}
     dropped: list[str] = []
     wrong: list[str] = []
@@ -228,31 +241,50 @@ def fit(model: nn.Module, weights: Mapping[str, Any], source: str, sha256: str =
             f"model.pretrained: {source}: other shapes than the model's: {some(wrong)}; "
             f"check model.name and model.args{hint}"
         )
+    heads = {each.partition(" ")[0].rpartition(".")[0] for each in dropped}
+    dropped += [name for name in matched if name.rpartition(".")[0] in heads]  # as a whole, or not
+    matched = {name: value for name, value in matched.items() if name not in dropped}
     if not matched:
         raise UserError(
             f"model.pretrained: {source}: none of its names is one of the model's: it has {some(weights)}, and the "
             f"model {some(own)}; check model.name"
         )
+    _check_fit(model, matched, heads, named, source)
     model.load_state_dict(matched, strict=False)
-    left_out = {each.partition(" ")[0] for each in dropped}
-    parameters = dict(model.named_parameters())
     return LoadReport(
         source=source,
         sha256=sha256,
         num_tensors=len(own),
         loaded=len(matched),
-        share=sum(parameters[n].numel() for n in matched if n in parameters)
-        / sum(p.numel() for p in parameters.values()),
+        share=_size(model, matched) / _size(model, own),
         dropped=dropped,
-        missing=[name for name in own if name not in matched and name not in left_out],
+        missing=[name for name in own if name not in matched and name.rpartition(".")[0] not in heads],
+        stripped=stripped,
         unexpected=sorted(name for name, value in named.items() if name not in own or not torch.is_tensor(value)),
     )
 
 
-def _without_prefixes(name: str) -> str:
-    while name.startswith(_PREFIXES):
-        name = name.partition(".")[2]
-    return name
+def _size(model: nn.Module, names: Collection[str]) -> int:
+    """The number of values of the parameters with these names."""
+    return sum(each.numel() for name, each in model.named_parameters() if name in names)
+
+
+def _check_fit(model: nn.Module, matched: State, heads: Collection[str], named: Mapping[str, Any], source: str) -> None:
+    """Raises UserError where fewer than half of the parameters are matched, not counting `heads` that were dropped, and
+    for values that are not finite."""
+    own = model.state_dict()
+    if 2 * _size(model, matched) < _size(model, {name for name in own if name.rpartition(".")[0] not in heads}):
+        missing = [name for name in own if name not in matched]
+        raise UserError(
+            f"model.pretrained: {source}: {len(matched)} of {len(own)} tensors, "
+            f"{_size(model, matched) / _size(model, own):.1%} of the parameters, have a name that the model has; missing "
+            f"are {some(missing)}, and it has {some(named.keys() - own.keys())}; check model.name"
+        )
+    if broken := [name for name, value in matched.items() if not bool(torch.isfinite(value).all())]:
+        raise UserError(
+            f"model.pretrained: {source}: {plural(len(broken), 'tensor')} with values that are not finite: "
+            f"{some(broken)}"
+        )
 
 
 def advised_rate(num_samples: int) -> float:

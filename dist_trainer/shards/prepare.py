@@ -154,8 +154,9 @@ def describe(index: ShardIndex, path: Path) -> str:
     kind, each = ("tar", "sample") if index.names is None else ("class folder", "image")
     bad = f", {len(index.problems):,} of them bad" if index.problems else ""
     missing = without_samples(index)
-    first = ": do labels begin at 1?" if missing == ["0"] else ""
-    empty = f"; warning: {plural(len(missing), 'class')} without a sample ({few(missing)}{first})" if missing else ""
+    empty = f"; {plural(len(missing), 'class')} without a sample ({few(missing)})" if missing else ""
+    if missing == ["0"]:
+        empty = "; warning: class 0 has no sample: do labels begin at 1?"
     order = ", sorted by class (training takes order full)" if is_class_sorted(index) else ""
     what = f"{plural(len(index.shards), kind)}, {plural(len(index), each)}{bad}, {plural(index.num_classes, 'class')}"
     return f"{what}{order}{left_out_text(index.left_out)}{empty}: {path}"

@@ -115,12 +115,12 @@ def test_as_many_classes_keep_the_classifier(tmp_path: Path) -> None:
 def test_every_name_that_does_not_fit_is_reported_and_few_are_printed(tmp_path: Path) -> None:
     """Fails when a name is lost, or a hundred lines are printed."""
     state = trained("timm/test_resnet").state_dict()
-    layers = {name: value for name, value in state.items() if name.startswith("layer")}
+    layers = {name: value for name, value in state.items() if name.startswith("layer1.")}
     kept = {name: value for name, value in state.items() if name not in layers}
-    save_file({**kept, **prefixed(layers, "backbone.")}, tmp_path / "a")
+    save_file({**kept, **prefixed(layers, "trunk.")}, tmp_path / "a")
     _, loaded = begin(tmp_path / "a", "timm/test_resnet")
     assert set(loaded.missing) == set(layers)
-    assert set(loaded.unexpected) == {f"backbone.{name}" for name in layers}
+    assert set(loaded.unexpected) == {f"trunk.{name}" for name in layers}
     assert loaded.loaded == len(kept) - 2
     lines = loaded.lines()
     assert len(lines) == 1 + 2 + 9 + 9
@@ -206,7 +206,7 @@ def test_files_that_cannot_be_used_cost_one_line(tmp_path: Path) -> None:
         assert "neither a safetensors nor a torch file" in line(nothing)
     assert "it holds no weights, but the keys epoch" in line({"epoch": 3})
     assert "it holds no weights, but list" in line([1, 2])
-    assert "none of its names" in line(prefixed(state, "encoder."))
+    assert "none of its names" in line(prefixed(state, "trunk."))
     wide = line({**state, "blocks.0.attn.qkv.weight": torch.zeros(3, 64)})
     assert "blocks.0.attn.qkv.weight [3, 64] for [192, 64]" in wide
     assert "data.channels" not in wide

@@ -133,7 +133,7 @@ def test_a_cls_may_hold_a_name_or_a_whole_number(tmp_path: Path) -> None:
 
 def test_labels_that_begin_at_1_are_said(tmp_path: Path) -> None:
     _, line = index(tmp_path / "one", [m for n in (1, 2) for m in ((f"{n}.jpg", IMAGE), (f"{n}.cls", b"%d" % n))])
-    assert "; warning: 1 class without a sample ('0': do labels begin at 1?): " in line
+    assert "; warning: class 0 has no sample: do labels begin at 1?: " in line
 
 
 @pytest.mark.parametrize(
