@@ -26,6 +26,7 @@ from dist_trainer.errors import UserError
 from dist_trainer.log.meter import Stopwatch
 from dist_trainer.plan import Plan
 from dist_trainer.tensors import HostCopy, State
+from dist_trainer.tricks.auxiliary import outputs_of
 from dist_trainer.tricks.compiling import compile_training, uncompiled
 from dist_trainer.tricks.gradient_checkpointing import checkpoint_blocks
 from dist_trainer.tricks.losses import Loss, weighted_sum
@@ -134,7 +135,8 @@ class Engine(Inference):
 
     optimizer: torch.optim.Optimizer
 
-    def _forward(self, images: torch.Tensor) -> torch.Tensor:
+    def _forward(self, images: torch.Tensor) -> Any:
+        """What the network gives in training: logits [m, K], or outputs that tricks/auxiliary.py knows."""
         raise NotImplementedError
 
     def _backward(self, loss: torch.Tensor) -> None:
@@ -184,10 +186,13 @@ class Engine(Inference):
         mix = self._mixing.draw(address.step, address.slot, batch.images.shape)
         images = mix.images(self._prepare(batch.images, self._input_type))
         with self.forward_time:
-            logits = self._forward(images).float()
+            outputs = outputs_of(self._forward(images)) or []
         labels = batch.labels.to(self._device, non_blocking=True)
         weight = batch.weight.to(self._device, non_blocking=True)
-        total = weighted_sum(self._loss, logits, labels, weight, mix)
+        (_, logits), *others = outputs
+        total = weighted_sum(self._loss, logits.float(), labels, weight, mix)
+        for share, auxiliary in others:
+            total = total + share * weighted_sum(self._loss, auxiliary.float(), labels, weight, mix)
         # DDP and DeepSpeed average over the ranks; exact sums do not, since a factor of 3 would cost bits.
         over = 1 if self.is_exact else self.world.size
         self._backward(total * (over / self.plan.num_valid(address.step)))

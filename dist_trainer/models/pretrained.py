@@ -277,8 +277,8 @@ def _check_fit(model: nn.Module, matched: State, heads: Collection[str], named: 
         missing = [name for name in own if name not in matched]
         raise UserError(
             f"model.pretrained: {source}: {len(matched)} of {len(own)} tensors, "
-            f"{_size(model, matched) / _size(model, own):.1%} of the parameters, have a name that the model has; missing "
-            f"are {some(missing)}, and it has {some(named.keys() - own.keys())}; check model.name"
+            f"{_size(model, matched) / _size(model, own):.1%} of the parameters, have a name that the model has; "
+            f"missing are {some(missing)}, and it has {some(named.keys() - own.keys())}; check model.name"
         )
     if broken := [name for name, value in matched.items() if not bool(torch.isfinite(value).all())]:
         raise UserError(

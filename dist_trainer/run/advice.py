@@ -40,6 +40,11 @@ def warnings(
             f"lr.warmup.start: base, {rate.start:g}, is above the peak, {rate.peak:g}: warm-up goes down; leave it "
             "out, or raise batch.global_batch"
         )
+    if parts.unused:
+        lines.append(
+            f"model.name: {plural(len(parts.unused), 'parameter')} without a gradient, which the network does not use: "
+            f"{some(parts.unused)}"
+        )
     lines += _of_loss(config, parts)
     lines += _of_lengths(config, parts)
     crop, size = config.augment.crop, parts.augment.size(parts.augment.last_step)

@@ -14,10 +14,11 @@ from dist_trainer.engine.evaluate import center_crop
 from dist_trainer.errors import UserError
 from dist_trainer.log.names import ACCURACY, SCORES
 from dist_trainer.models import ModelConfig, build_model
-from dist_trainer.models.trial import try_images
+from dist_trainer.models.trial import try_images, try_training
 from dist_trainer.plan import Duration, Plan, make_plan
 from dist_trainer.run.data import order_of
 from dist_trainer.run.promise import check_promise
+from dist_trainer.tricks.auxiliary import tie
 from dist_trainer.tricks.averaging import chosen_metric
 from dist_trainer.tricks.freezing import freeze
 from dist_trainer.tricks.learning_rate import LearningRate
@@ -69,6 +70,8 @@ class Blueprint:
     mixing: Mixing
     ema_start: int
     """The step at which the moving average begins."""
+    unused: list[str]
+    """Names of parameters that get no gradient."""
 
 
 def make_blueprint(
@@ -88,6 +91,7 @@ def make_blueprint(
     rate = LearningRate(config.lr, plan)
     sizes = image_sizes(config.augment, config.data, config.eval.crop, augment, train)
     model = checked_model(config.model, num_classes, config.run.seed, config.data.channels, sizes)
+    unused = try_to_train(config, model, num_classes, image_sizes(config.augment, config.data, None, augment, train))
     side = shorter_side(config.augment, config.data, train)
     fused = on_gpu and not config.engine.is_exact
     optimizer = build_optimizer(config.optimizer, model, rate.peak, config.engine.zero, fused=fused)
@@ -102,6 +106,7 @@ def make_blueprint(
         augment=augment,
         mixing=Mixing(config.mixing, plan, config.run.seed, side),
         ema_start=check_weights(config, plan),
+        unused=unused,
     )
 
 
@@ -144,6 +149,22 @@ def checked_model(
     for size in sizes:
         try_images(model, config.name, (channels, *size), num_classes)
     return model
+
+
+def try_to_train(config: TrainConfig, model: nn.Module, num_classes: int, sizes: set[tuple[int, int]]) -> list[str]:
+    """Names of the parameters that get no gradient from the smallest training images; no stage of ZeRO fails at them.
+
+    Raises UserError for a network that cannot be trained on these images.
+    """
+    if not sizes:
+        return []
+    shape, micro_batch = (config.data.channels, *min(sizes)), config.batch.micro_batch
+    count = 2 if config.model.sync_bn else micro_batch
+    unused = try_training(model, config.model.name, shape, num_classes, count)
+    if config.engine.zero == 0:
+        parameters = dict(model.named_parameters())
+        tie(model, [parameters[name] for name in unused])
+    return unused
 
 
 def shorter_side(augment: AugmentConfig, data: DataConfig, train: ShardIndex | int) -> int | None:

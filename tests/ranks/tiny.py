@@ -41,6 +41,14 @@ class SmoothNet(nn.Module):
         return self.fc(self.dropout(x.mean((2, 3))))  # type: ignore[no-any-return]
 
 
+class Spare(SmoothNet):
+    """With a layer that it never uses."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.spare = nn.Linear(16, 5)
+
+
 class OneAtATime(SmoothNet):
     """Cannot be made while another one exists, as on a device that one fills."""
 
