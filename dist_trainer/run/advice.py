@@ -10,6 +10,7 @@ from dist_trainer.data.augment.policy import OFF
 from dist_trainer.errors import plural, some
 from dist_trainer.run.blueprint import Blueprint
 from dist_trainer.tricks.diagnosis import Verdict
+from dist_trainer.tricks.no_decay import decaying_vectors
 
 SMALL = 12_000_000
 VERY_SMALL = 2_000_000
@@ -39,6 +40,12 @@ def warnings(
         lines.append(
             f"lr.warmup.start: base, {rate.start:g}, is above the peak, {rate.peak:g}: warm-up goes down; leave it "
             "out, or raise batch.global_batch"
+        )
+    vectors = decaying_vectors(parts.model, config.optimizer.no_decay) if config.optimizer.weight_decay else []
+    if vectors:
+        lines.append(
+            f"optimizer.no_decay: {plural(len(vectors), 'parameter')} of one dimension ({some(vectors)}) decay, which "
+            "timm leaves out; add vector to leave them out here"
         )
     if parts.unused:
         lines.append(

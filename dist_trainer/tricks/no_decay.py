@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-NoDecay = Literal["norm", "bias", "model"]
+NoDecay = Literal["norm", "bias", "vector", "model"]
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
@@ -20,12 +20,23 @@ def is_norm(module: nn.Module) -> bool:
     return ("norm" in name or name == "inplaceabn") and any(True for _ in module.parameters(recurse=False))
 
 
+def decaying_vectors(model: nn.Module, no_decay: Sequence[NoDecay]) -> list[str]:
+    """Names of trained parameters of one dimension that decay, though not in timm: where others are kept off it."""
+    if not {"norm", "bias"} <= set(no_decay):
+        return []
+    free = without_decay(model, no_decay)
+    return [
+        name for name, each in model.named_parameters() if each.requires_grad and each.dim() < 2 and name not in free
+    ]
+
+
 def without_decay(model: nn.Module, no_decay: Sequence[NoDecay]) -> set[str]:
     """Names of the parameters without weight decay.
 
     Told apart by the type of their module: a name test such as "bn" misses torchvision's `downsample.1`. A matrix
     inside a class that is only called norm decays. `model`: those that its no_weight_decay() names or matches, as
-    timm's networks do for position embeddings and class tokens.
+    timm's networks do for position embeddings and class tokens. `vector`: whatever has one dimension or none, such as
+    LayerScale's gammas, as timm leaves them out.
     """
     names = set()
     for prefix, module in model.named_modules():
@@ -33,7 +44,8 @@ def without_decay(model: nn.Module, no_decay: Sequence[NoDecay]) -> set[str]:
             last = name.rpartition(".")[2]
             in_norm = is_norm(module) and (isinstance(module, NORM_LAYERS) or parameter.dim() < 2)
             is_bias = last == "bias" or last.endswith("_bias")  # in_proj_bias of attention
-            if ("norm" in no_decay and in_norm) or ("bias" in no_decay and is_bias):
+            is_vector = "vector" in no_decay and parameter.dim() < 2
+            if ("norm" in no_decay and in_norm) or ("bias" in no_decay and is_bias) or is_vector:
                 names.add(name)
     if "model" in no_decay and hasattr(model, "no_weight_decay"):
         patterns: Collection[str] = model.no_weight_decay()  # type: ignore[operator]

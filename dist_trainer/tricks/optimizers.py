@@ -32,7 +32,8 @@ class OptimizerConfig(Named):
     ratio. Decoupled for adamw and sgdw: a step also subtracts lr x weight_decay x weight; for lamb within its ratio."""
     no_decay: list[NoDecay] = field(default_factory=lambda: ["norm", "bias", "model"])
     """Parameters without weight decay: of normalisation layers, biases of all layers, and those that the model's own
-    no_weight_decay() names (in timm's networks position embeddings and class tokens). lars and lamb also give these
+    no_weight_decay() names (in timm's networks position embeddings and class tokens). vector: all of one dimension
+    (LayerScale's gammas), as in timm. lars and lamb also give these
     no trust ratio, unless args say always_adapt: true."""
     layer_decay: float = 1.0
     """Fine-tuning: each layer's learning rate is this fraction of that of the layer above it, the head's is lr's own.

@@ -16,7 +16,7 @@ from dist_trainer.errors import UserError
 from dist_trainer.models.small_resnet import SmallResNet
 from dist_trainer.run.blueprint import make_blueprint
 from dist_trainer.tricks.layer_decay import layers_by_structure, layers_of
-from dist_trainer.tricks.no_decay import is_norm
+from dist_trainer.tricks.no_decay import decaying_vectors, is_norm
 from dist_trainer.tricks.optimizers import OptimizerConfig, param_groups
 from dist_trainer.tricks.optimizers import build_optimizer as build_optimizer_at
 
@@ -198,6 +198,26 @@ def test_the_decayed_elements_of_resnet50_are_all_but_norms_and_the_last_bias() 
     """25,557,032 parameters less 2 x 26,560 of batch-norm and 1,000 biases. Fails with the group of `fc` exchanged."""
     decayed, _ = groups_of(build("torchvision/resnet50"))
     assert sum(p.numel() for p in decayed) == 25_557_032 - 53_120 - 1_000
+
+
+@pytest.mark.parametrize(
+    "name", ["cait_xxs24_224", "convnext_atto", "vit_small_patch16_224", "resnet18", "volo_d1_224"]
+)
+def test_with_vectors_the_groups_are_timms(name: str) -> None:
+    """Against timm's own function, LayerScale's gammas included. Mutation: parameters without a dimension decay."""
+    model = timm.create_model(name)
+    named = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    theirs = param_groups_weight_decay(model, 0.1, no_weight_decay_list=named)
+    free = {id(p) for group in theirs if not group["weight_decay"] for p in group["params"]}
+    assert {id(p) for p in groups_of(model, no_decay=["norm", "bias", "vector", "model"])[1]} == free
+    assert not decaying_vectors(model, ["norm", "bias", "vector", "model"])
+
+
+def test_vectors_that_decay_are_named() -> None:
+    model = timm.create_model("cait_xxs24_224")
+    found = decaying_vectors(model, ["norm", "bias", "model"])
+    assert len(found) == 2 * 26 and all("gamma" in name for name in found)
+    assert decaying_vectors(model, []) == []
 
 
 def test_no_decay_chooses_norms_and_biases_separately() -> None:
