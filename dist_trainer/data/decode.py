@@ -13,7 +13,7 @@ from dist_trainer.data import jpeg_region
 from dist_trainer.data.pillow import Image
 
 _JPEG = b"\xff\xd8"
-_PNG = b"\x89PNG\r\n\x1a\n"
+_RIFF = b"RIFF"  # of WebP
 Box = tuple[int, int, int, int]
 """left, top, width, height in pixels"""
 _PIL_MODES = {1: "L", 3: "RGB"}
@@ -22,10 +22,10 @@ _PIL_MODES = {1: "L", 3: "RGB"}
 def decode(data: bytes, channels: int) -> torch.Tensor:
     """uint8 [channels, height, width]; EXIF orientation is not applied. Raises ValueError for what no decoder reads.
 
-    torchvision's decoder first; Pillow for what it refuses (CMYK JPEG, ...), and for PNG: torchvision's decoder (0.29)
-    ends the process by a segmentation fault when a PNG's pixel data are damaged.
+    torchvision's decoder for JPEG and WebP; Pillow for what it refuses (CMYK JPEG, ...), and for other formats:
+    torchvision's (0.29) ends the process by a segmentation fault on a PNG whose pixel data are damaged.
     """
-    if data.startswith(_PNG):
+    if not data.startswith((_JPEG, _RIFF)):
         return _by_pillow(data, channels)
     try:
         pixels = _torchvision()(torch.frombuffer(bytearray(data), dtype=torch.uint8), channels)
