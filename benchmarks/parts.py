@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
-from dist_trainer.data import read, samples
+from dist_trainer.data import decoder, read, samples
 from dist_trainer.data.batch import SlotAddress
 from dist_trainer.data.samples import TrainSamples
 
@@ -16,8 +16,8 @@ _PARTS: list[tuple[Any, str, str]] = [
     (read.os, "pread", "read: pread"),
     (read.zlib, "crc32", "read: crc32"),
     (samples, "crop_boxes", "crop boxes"),
-    (TrainSamples, "_decode", "decode"),
-    (samples, "decode_region", "decode"),
+    (decoder.Decoder, "__call__", "decode"),
+    (decoder, "decode_region", "decode"),
     (samples, "resize", "resize"),
     (TrainSamples, "_stack", "stack and flip"),
     (TrainSamples, "__getitem__", "the rest: loops, labels, Batch"),
