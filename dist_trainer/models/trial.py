@@ -41,7 +41,11 @@ def try_training(model: nn.Module, name: str, shape: Shape, num_classes: int, mi
     Returns the names of the parameters that get no gradient. Raises UserError when it fails, when batch-norm has one
     value per channel, and for more than one output, unless they are known auxiliary ones.
     """
-    copy, layers = deepcopy(model), list[str]()
+    layers: list[str] = []
+    try:
+        copy = deepcopy(model)
+    except Exception:  # a network of the user's that cannot be copied: its first step is the trial
+        return []
     for layer, module in copy.named_modules():
         if isinstance(module, _BatchNorm):
             module.register_forward_pre_hook(lambda *_, layer=layer: layers.append(layer))

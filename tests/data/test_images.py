@@ -121,6 +121,8 @@ def test_an_image_over_the_limit_is_bad_by_its_size_and_the_key_is_named(tmp_pat
     batch = EvalSamples(index, CONFIG, CenterCrop(None, 6))[EvalAddress(0, 2)]
     (bad,) = batch.bad
     assert (bad.sample, bad.reason) == (0, "14,000 x 13,000 pixels are more than data.max_pixels, 178,956,970")
+    none = EvalSamples(index, DataConfig(train="", val="", max_pixels=1), CenterCrop(None, 6))[EvalAddress(0, 2)]
+    assert (none.num_valid, len(none.bad)) == (0, 2)  # a batch of which nothing is read
     larger = Decoder(DataConfig(train="", val="", max_pixels=200_000_000))
     assert larger.too_large(14_000, 13_000) is None
     assert isinstance(Decoder(CONFIG).too_large(14_000, 13_000), Bad)

@@ -1,6 +1,7 @@
 """A trial of training before the run folder is made: outputs, batch-norm with one value, unused parameters."""
 
 import copy
+import threading
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,13 @@ def test_a_trial_changes_nothing() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model.training and all(each.grad is None for each in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_network_that_cannot_be_copied_is_not_refused() -> None:
+    """It trained before there was a trial. Mutation: let the error through."""
+    model = Net()
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    assert try_training(model, "mynet", IMAGE, 10, 8) == []
 
 
 def test_a_parameter_that_is_not_used_is_trained_as_by_weight_decay_alone() -> None:

@@ -186,7 +186,7 @@ class Slurm:
         while self._steps(number) or processes(SLURM_JOB_ID=number, SLURM_CONF=self._config):
             assert time.monotonic() < deadline, self("scontrol", "show", "job", job)
             time.sleep(0.2)  # between two looks; the deadline decides
-        time.sleep(2)
+        time.sleep(2)  # not a guess: the clock is to show another whole second
         self("scontrol", "update", f"JobId={job}", "StartTime=now", *settings)
 
     def wait(self, job: str, seconds: float = 120) -> tuple[str, str]:

@@ -10,8 +10,8 @@ _KEY = "augment.policy.name"
 _Range = tuple[float, float]
 _COMMON: dict[str, _Range] = {"mstd": (0, float("inf"))}
 _SECTIONS: dict[str, dict[str, _Range]] = {
-    "rand": {**_COMMON, "m": (0, 10), "n": (1, 15), "p": (0, 1), "mmax": (1, 30), "inc": (0, 1)},
-    "augmix": {**_COMMON, "m": (0, 10), "w": (1, 10), "d": (-1, 10), "a": (0.01, 100), "b": (0, 1)},
+    "rand": {"m": (0, 10), "n": (1, 15), "p": (0, 1), "mmax": (1, 30), "inc": (0, 1), **_COMMON},
+    "augmix": {"m": (0, 10), "w": (1, 10), "d": (-1, 10), "a": (0.01, 100), "b": (0, 1), **_COMMON},
     **dict.fromkeys(("original", "originalr", "v0", "v0r", "3a"), _COMMON),
 }
 """What may follow each kind, behind hyphens, and its range: m is a magnitude of 10, n operations, p a probability."""
