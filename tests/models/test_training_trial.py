@@ -149,7 +149,7 @@ def test_auxiliary_outputs_train_with_their_weight() -> None:
     images = (batch.images.float() / 255 - 0.5) / 0.25
     main, auxiliary = reference(images)
     each = [F.cross_entropy(logits, batch.labels, reduction="sum") for logits in (main, auxiliary)]
-    assert found == pytest.approx(float(each[0] + 0.4 * each[1]), rel=1e-5)
+    assert found == pytest.approx(float((each[0] + 0.4 * each[1]).detach()), rel=1e-5)
     (each[0] + 0.4 * each[1]).backward()
     ours, theirs = model.aux.weight.grad, reference.aux.weight.grad
     assert ours is not None and theirs is not None
