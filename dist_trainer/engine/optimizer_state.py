@@ -6,6 +6,7 @@
 
 import collections
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -115,7 +116,10 @@ def _after_update(optimizer: torch.optim.Optimizer, weight: torch.Tensor, state:
     probe.__dict__.update({name: value for name, value in vars(optimizer).items() if name not in vars(probe)})
     probe.state = collections.defaultdict(dict, {twin: {key: copy.deepcopy(value) for key, value in state.items()}})
     probe.param_groups = [{**copy.deepcopy({**optimizer.param_groups[0], "params": None}), "params": [twin]}]
-    probe.step()
+    # torch's own are unwrapped, since their wrappers import torch's compiler: half the start of `plan`.
+    step = type(optimizer).step
+    with torch.no_grad():
+        (inspect.unwrap(step) if type(optimizer).__module__.startswith("torch.optim.") else step)(probe)
     kept: dict[str, Any] = probe.state[twin]
     return kept
 

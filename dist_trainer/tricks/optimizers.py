@@ -1,9 +1,11 @@
 """Optimizers by name, their parameter groups, and where those that look at whole layers may run."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -116,7 +118,10 @@ def build_optimizer(
         args["fused"] = True
     check_args("optimizer", config.name, target, args, groups, lr=peak)
     try:
-        optimizer: torch.optim.Optimizer = target(groups, lr=peak, **args)
+        # Unwrapped, since torch's wrapper does nothing here but import torch's compiler: half the start of `plan`.
+        bare = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+        with mock.patch.object(torch.optim.Optimizer, "add_param_group", bare):
+            optimizer: torch.optim.Optimizer = target(groups, lr=peak, **args)
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer: {config.name}: {error}") from None
     if not config.weight_decay and optimizer.defaults.get("always_adapt") is False:
