@@ -374,6 +374,20 @@ def test_what_is_heavy_is_imported_where_it_is_used(argv: list[str], needed: set
     assert HEAVY & set(done.stdout.splitlines()[-1].split()) == needed
 
 
+def test_garbage_is_looked_for_once_the_command_is_imported() -> None:
+    """Mutations: look for it all the time, which takes a fifth of the start of `plan`; never."""
+    program = (
+        "import gc, sys; from dist_trainer.commands.main import dispatch; looks = set(); "
+        "imported = lambda: hasattr(sys.modules.get('dist_trainer.commands.plan'), 'command'); "
+        "gc.callbacks.append(lambda phase, info: looks.add(imported())); "
+        f"dispatch(['plan', {str(FASHION)!r}, '--samples=60000']); print(looks)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "{True}"
+
+
 def test_one_process_needs_no_launcher(fashion: list[str], tmp_path: Path) -> None:
     """Fails when DeepSpeed misses a variable that torchrun would have set."""
     argv = [
