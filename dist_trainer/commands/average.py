@@ -14,9 +14,10 @@ from dist_trainer.log.console import Terminal
 from dist_trainer.run.blueprint import build_augment, plan_run
 from dist_trainer.run.data import bn_sample_stream
 from dist_trainer.run.evaluation import Evaluation
-from dist_trainer.run_folder import checkpoint
+from dist_trainer.run_folder import checkpoint, class_list
 from dist_trainer.run_folder.snapshots import Snapshots
-from dist_trainer.storage.storage import is_remote
+from dist_trainer.shards.classes import compare_classes
+from dist_trainer.storage.storage import Storage, is_remote
 from dist_trainer.tensors import State
 from dist_trainer.tricks.averaging import average
 from dist_trainer.tricks.precise_bn import re_estimate
@@ -108,7 +109,7 @@ def average_files(
 
     One file at a time is in memory: each is read to be scored, and again to be averaged, best first.
     """
-    evaluation = Evaluation(config, world, terminal)
+    evaluation = Evaluation(config, world, terminal, on_main(world, lambda: _classes_of([out, *files])))
     scores: dict[str, EvalResult] = {}
 
     def score(name: str, state: State) -> EvalResult:
@@ -133,6 +134,18 @@ def average_files(
         score("average_bn", state)
     on_main(world, lambda: checkpoint.write_weights(out, state))
     return Averaged(kept, scores)
+
+
+def _classes_of(weights: list[Path]) -> tuple[str, tuple[str, ...]] | None:
+    """The list of class names beside the weights, and its place. Raises UserError where their lists differ."""
+    found = [each for path in weights if (each := class_list.beside(str(path), Storage())) is not None]
+    for file, names in found[1:]:
+        if (outputs := compare_classes(found[0][1], names)) != "same":
+            raise UserError(
+                f"--files: {found[0][0]} and {file} list {outputs}: the same output means different classes, and "
+                "their mean would mean none"
+            )
+    return found[0] if found else None
 
 
 def _re_estimated(config: TrainConfig, evaluation: Evaluation, world: World) -> State:

@@ -6,8 +6,10 @@ from typing import Literal
 from dist_trainer.commands.eval_published import eval_published
 from dist_trainer.commands.ranks import ranks
 from dist_trainer.config.arguments import new_parser, parse_config, run_folder_argument, value_of
+from dist_trainer.distributed.collectives import on_main
 from dist_trainer.errors import UserError
 from dist_trainer.run.evaluation import evaluate_weights
+from dist_trainer.run_folder import class_list
 from dist_trainer.run_folder.checkpoint import newest
 from dist_trainer.run_folder.fetch import local_weights
 from dist_trainer.storage.storage import Storage, is_remote
@@ -45,7 +47,8 @@ def command(argv: list[str]) -> int:
     weights = _weights(values.weights or inside, folder, storage)
     shown = values.weights or (f"{given.rstrip('/')}/best/{weights.name}" if is_remote(given) else weights)
     with ranks() as (world, terminal):
-        result, digest = evaluate_weights(config, weights, world, terminal, values.of)
+        classes = on_main(world, lambda: class_list.beside(values.weights or given, storage))
+        result, digest = evaluate_weights(config, weights, world, terminal, values.of, classes)
         m = result.metrics
         terminal.say(
             f"{shown}: top-1 {m['top1']:.2%} ({result.correct1}/{result.num_samples})  "

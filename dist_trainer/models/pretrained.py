@@ -12,7 +12,7 @@ import io
 import math
 import pickle
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from dist_trainer.errors import UserError, plural, some
 from dist_trainer.models import ModelConfig
 from dist_trainer.models.match_names import WRAPPERS, bound
 from dist_trainer.models.published import Published, chosen, fetch, tags_of
-from dist_trainer.run_folder import checkpoint
+from dist_trainer.run_folder import checkpoint, class_list
 from dist_trainer.run_folder.fetch import local_weights
 from dist_trainer.storage.storage import Storage, is_remote
 from dist_trainer.tensors import State
@@ -49,7 +49,7 @@ class LoadReport:
     loaded: int
     share: float
     dropped: list[str]
-    """The classifier's tensors, if their shape differs."""
+    """The classifier's tensors, if their shape or their classes differ."""
     missing: list[str]
     """The model's tensors that are not in the file: they keep their random values."""
     unexpected: list[str]
@@ -72,17 +72,28 @@ class LoadReport:
         return lines
 
 
-def load_pretrained(config: ModelConfig, storage: Storage, model: nn.Module, world: World) -> LoadReport:
+def load_pretrained(
+    config: ModelConfig,
+    storage: Storage,
+    model: nn.Module,
+    world: World,
+    has_same_outputs: Callable[[str, Sequence[str]], bool] = lambda file, names: True,
+) -> LoadReport:
     """Load the weights that `config.pretrained` names into `model` (collective).
 
-    Rank 0 reads or fetches them and sends them to the others. Raises UserError for what cannot be loaded.
+    Rank 0 reads or fetches them and sends them to the others. Those of a run have class names, in a file: where
+    `has_same_outputs` says that they are not the model's, its classifier is left out. Raises UserError for what cannot
+    be loaded.
     """
 
     def load() -> dict[str, Any]:
         found = find_pretrained(config, storage)
         if isinstance(found, Published):
             return asdict(fit(model, fetch(found, config.args), str(found)))
-        return asdict(fit(model, *read_weights(found, storage)))
+        weights, source, sha256 = read_weights(found, storage)
+        classes = class_list.beside(found, storage)
+        with_classifier = classes is None or has_same_outputs(*classes)
+        return asdict(fit(model, weights, source, sha256, with_classifier=with_classifier))
 
     loaded = LoadReport(**on_main(world, load))
     broadcast_tensors(world, model.state_dict().values())
@@ -213,8 +224,11 @@ def classifiers_of(model: nn.Module) -> list[str]:
     return linear[-1:]
 
 
-def fit(model: nn.Module, weights: Mapping[str, Any], source: str, sha256: str = "") -> LoadReport:
-    """Load every tensor whose name and shape are in `model`. A classifier of another shape is left out completely.
+def fit(
+    model: nn.Module, weights: Mapping[str, Any], source: str, sha256: str = "", *, with_classifier: bool = True
+) -> LoadReport:
+    """Load every tensor whose name and shape are in `model`. A classifier of another shape is left out completely, as
+    is one that is not wanted.
 
     Raises UserError, and loads nothing, if another shape differs or no name matches.
     """
@@ -229,10 +243,13 @@ def fit(model: nn.Module, weights: Mapping[str, Any], source: str, sha256: str =
         value = named.get(name)
         if not isinstance(value, torch.Tensor):
             continue
+        is_classifier = name.rpartition(".")[0] in classifiers
+        if is_classifier and not with_classifier and value.shape == old.shape:
+            dropped.append(f"{name} of other classes")
+            continue
         if value.shape == old.shape:
             matched[name] = value
             continue
-        is_classifier = name.rpartition(".")[0] in classifiers
         (dropped if is_classifier else wrong).append(f"{name} {list(value.shape)} for {list(old.shape)}")
         if value.shape[1:2] == (3,) and old.shape[1:2] == (1,):
             hint = "; data.channels: 3 reads grey images as RGB"

@@ -1,7 +1,9 @@
 """Claiming a run folder: at the start, with the initial weights, or at its newest checkpoint."""
 
 import socket
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ from dist_trainer.errors import UserError
 from dist_trainer.log.console import Terminal
 from dist_trainer.models.pretrained import LoadReport, load_pretrained
 from dist_trainer.run.start_from import Source, find_source
-from dist_trainer.run_folder import checkpoint
+from dist_trainer.run_folder import checkpoint, class_list
 from dist_trainer.run_folder.folder import RunFolder, Start
 from dist_trainer.run_folder.identity import Change
 from dist_trainer.run_folder.owner import sees_owner
+from dist_trainer.shards.classes import canonical, compare_classes
 from dist_trainer.storage.storage import Storage
 
 
@@ -48,6 +51,7 @@ def claim_or_initialise(
     config: TrainConfig,
     *,
     model: nn.Module,
+    class_names: Sequence[str],
     folder: RunFolder,
     identity_keys: dict[str, Any],
     world: World,
@@ -57,10 +61,10 @@ def claim_or_initialise(
     has_checkpoints = on_main(world, folder.has_checkpoints)
     initial = None
     if not has_checkpoints:  # before the claim, so that a mistake leaves no folder
-        initial = load_initial_weights(config, model, world)
+        initial = load_initial_weights(config, model, class_names, world)
     claim = claim_folder(config, folder=folder, identity_keys=identity_keys, world=world, terminal=terminal)
     if has_checkpoints and not claim.is_complete and claim.checkpoint is None:  # they turned out damaged
-        initial = load_initial_weights(config, model, world)
+        initial = load_initial_weights(config, model, class_names, world)
     if isinstance(initial, LoadReport):
         for line in initial.lines():
             terminal.say(line)
@@ -71,17 +75,43 @@ def claim_or_initialise(
     return claim
 
 
-def load_initial_weights(config: TrainConfig, model: nn.Module, world: World) -> LoadReport | Source | None:
-    """Load the weights that model.pretrained or run.start_from names, if any, into the model (collective)."""
+def load_initial_weights(
+    config: TrainConfig, model: nn.Module, class_names: Sequence[str], world: World
+) -> LoadReport | Source | None:
+    """Load the weights that model.pretrained or run.start_from names, if any, into the model, whose outputs are for
+    `class_names` (collective). Raises UserError for weights whose outputs have these names in another order."""
     if config.model.pretrained and not config.run.start_from:
-        data = config.data
-        return load_pretrained(config.model, Storage(data.storage_options, data.retry), model, world)
+        storage = Storage(config.data.storage_options, config.data.retry)
+        same = partial(_has_same_outputs, "model.pretrained", class_names)
+        return load_pretrained(config.model, storage, model, world, same)
     source = None
-    if found := on_main(world, lambda: as_json(find_source(config))):
+    if found := on_main(world, lambda: as_json(_source_of_same_outputs(config, class_names))):
         source = Source(Path(found["checkpoint"]), found["with_optimizer"])
         folder = source.checkpoint
         weights = read_on_main(world, lambda: checkpoint.load_tensors(folder, "model"))
         checkpoint.load_into(model, weights, f"run.start_from: {source}")
+    return source
+
+
+def _has_same_outputs(key: str, ours: Sequence[str], file: str, theirs: Sequence[str]) -> bool:
+    outputs = compare_classes(ours, theirs)
+    if outputs == "another order":
+        number = next(number for number, name in enumerate(theirs) if canonical(name) != canonical(ours[number]))
+        raise UserError(
+            f"{key}: {file} has the classes of data.train in another order: output {number} is {theirs[number]!r} "
+            f"there, and {ours[number]!r} here; to keep that order: --data.classes {file}"
+        )
+    return outputs == "same"
+
+
+def _source_of_same_outputs(config: TrainConfig, class_names: Sequence[str]) -> Source | None:
+    source = find_source(config)
+    classes = class_list.beside(str(source.checkpoint), Storage()) if source is not None else None
+    if source is not None and classes is not None and not _has_same_outputs("run.start_from", class_names, *classes):
+        raise UserError(
+            f"run.start_from: {classes[0]} has other classes than data.train; model.pretrained takes all but the "
+            f"classifier: --model.pretrained {source.checkpoint}"
+        )
     return source
 
 

@@ -1,6 +1,6 @@
 """The data of a run: found or indexed on one rank, opened on all, streamed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from dist_trainer.engine.evaluate import EvalConfig, center_crop
 from dist_trainer.errors import UserError
 from dist_trainer.log.console import Terminal
 from dist_trainer.plan import BatchConfig, Plan
-from dist_trainer.shards.classes import bind_classes, read_classes, without_samples
+from dist_trainer.shards.classes import bind_classes, compare_classes, read_classes, without_samples
 from dist_trainer.shards.prepare import is_class_sorted, match_classes, numbering_note, open_index, prepare_index
 from dist_trainer.storage.storage import Storage
 from dist_trainer.tricks.precise_bn import PreciseBnConfig
@@ -47,6 +47,18 @@ class RunData:
         """Names of the classes that no training sample has; of those that have some, which no validation sample has."""
         missing = without_samples(self.train)
         return {"data.train": missing, "data.val": [name for name in without_samples(self.val) if name not in missing]}
+
+    def for_outputs(self, names: Sequence[str], file: str) -> "RunData":
+        """These data with their labels in the order of the outputs of a network, whose class names `file` lists.
+
+        Raises UserError for classes that it does not know.
+        """
+        if compare_classes(self.train.class_names, names) == "same":
+            return self
+        source = f"{file}, the classes of the weights"
+        return RunData(
+            bind_classes("data.train", self.train, names, source), bind_classes("data.val", self.val, names, source)
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -71,8 +83,8 @@ def open_data(config: TrainConfig, world: World, terminal: Terminal) -> RunData:
     val = opened["val"]
     train = opened.get("train", val)
     if config.data.classes is not None:
-        train = bind_classes("data.train", train, found["classes"], config.data.classes)
-        val = bind_classes("data.val", val, found["classes"], config.data.classes)
+        train = bind_classes("data.train", train, found["classes"], f"data.classes: {config.data.classes}")
+        val = bind_classes("data.val", val, found["classes"], f"data.classes: {config.data.classes}")
     return RunData(train, match_classes(train, val, subset=config.eval.classes == "subset"))
 
 

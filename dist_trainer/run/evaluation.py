@@ -1,5 +1,6 @@
 """A config's model and validation set without an engine: weights go in, their exact accuracy comes out."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dist_trainer.config.tree import TrainConfig
@@ -20,10 +21,20 @@ from dist_trainer.tricks.freezing import freeze
 class Evaluation:
     """`load` weights, then `score` them; repeat as needed."""
 
-    def __init__(self, config: TrainConfig, world: World, terminal: Terminal) -> None:
-        """Raises UserError for data that cannot be used (collective)."""
+    def __init__(
+        self, config: TrainConfig, world: World, terminal: Terminal, classes: tuple[str, Sequence[str]] | None = None
+    ) -> None:
+        """`classes`: a file, and the class names in it, that tells which outputs the weights have.
+
+        Raises UserError for data that cannot be used (collective).
+        """
         set_numerics(config.run.deterministic or config.engine.is_exact, config.engine.cpu_threads)
         self.data = open_data(config, world, terminal)
+        if classes is not None:
+            file, names = classes
+            opened, self.data = self.data, self.data.for_outputs(names, file)
+            if self.data is not opened:
+                terminal.say(f"labels are numbered by name as in {file}, the classes of the weights")
         model = build_model(config.model, self.data.num_classes, config.run.seed)
         freeze(model, config.model.freeze)  # batch-norm is re-estimated where training moved it
         preprocess = Preprocess.of(config.data, config.model)
@@ -47,13 +58,18 @@ class Evaluation:
 
 
 def evaluate_weights(
-    config: TrainConfig, weights: Path, world: World, terminal: Terminal, name: str = "model"
+    config: TrainConfig,
+    weights: Path,
+    world: World,
+    terminal: Terminal,
+    name: str = "model",
+    classes: tuple[str, Sequence[str]] | None = None,
 ) -> tuple[EvalResult, str]:
     """Score `weights` (a safetensors file, or `name` of a checkpoint folder) on the validation set (collective).
 
-    Returns their sha256 too (tensors.py).
+    `classes`: of Evaluation. Returns their sha256 too (tensors.py).
     """
     state = read_on_main(world, lambda: checkpoint.load_weights(weights, name))
-    evaluation = Evaluation(config, world, terminal)
+    evaluation = Evaluation(config, world, terminal, classes)
     evaluation.load(state, str(weights))
     return evaluation.score(), sha256(state)

@@ -38,6 +38,7 @@ from dist_trainer.run.start_from import load_optimizer
 from dist_trainer.run.state import Learner, Progress, Record, Run
 from dist_trainer.run.step_sums import StepSums
 from dist_trainer.run.weights import Weights
+from dist_trainer.run_folder import class_list
 from dist_trainer.run_folder.environment import git_revision
 from dist_trainer.run_folder.folder import RunConfig, RunFolder
 from dist_trainer.run_folder.identity import auto_name, find_run, identity
@@ -84,6 +85,7 @@ def prepare_run(config: TrainConfig, *, stem: str, world: World, terminal: Termi
     claim = claim_or_initialise(
         config,
         model=blueprint.model,
+        class_names=data.train.class_names,
         folder=RunFolder(Path(folder), config.checkpoint, mirror_of(config, Path(folder).name)),
         identity_keys=identity_keys,
         world=world,
@@ -270,7 +272,7 @@ def open_logs(
     claim, folder, terminal, step = prepared.claim, record.folder, record.tracker.terminal, progress.step
 
     def write() -> list[dict[str, Any]]:
-        folder.write_classes(prepared.data.train.class_names)
+        class_list.write(folder.path, prepared.data.train.class_names)
         folder.write_environment(world.size, prepared.blueprint.plan.total_steps)
         folder.write_config(
             config.as_dict(),

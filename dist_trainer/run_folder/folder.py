@@ -261,10 +261,6 @@ class RunFolder:
         environment = {**describe_environment(world_size), "total_steps": total_steps}
         replace_text(self.path / "env.json", json.dumps(environment, indent=1))
 
-    def write_classes(self, names: Sequence[str]) -> None:
-        """classes.json: their names, in the order of the network's outputs."""
-        replace_text(self.path / "classes.json", json.dumps(list(names), ensure_ascii=False, indent=0) + "\n")
-
     def write_state(self, state: State) -> None:
         """STATE: batch scripts decide from it, since exit codes under torchrun are not reliable.
 

@@ -4,13 +4,14 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from dist_trainer.data.index import BAD, ShardIndex
-from dist_trainer.errors import UserError
+from dist_trainer.errors import UserError, plural
+from dist_trainer.run_folder.class_list import read_names
 from dist_trainer.storage.storage import Storage
 
 CLASSES_FILE = "classes.txt"
@@ -20,13 +21,19 @@ CLASSES_FILE = "classes.txt"
 def read_classes(location: str, storage: Storage) -> tuple[str, ...]:
     """The class names in a file, one per line, as they are: a blank at the end of a line belongs to its name.
 
-    Raises FileNotFoundError, and UserError for a file of another kind.
+    Or in a JSON list, such as a run's classes.json. Raises FileNotFoundError, and UserError for a file of another kind.
     """
+    content = storage.read(location)
+    if location.endswith(".json"):
+        try:
+            return read_names(content)
+        except ValueError as error:
+            raise UserError(f"{location}: {error}") from None
     try:
-        lines = storage.read(location).decode("utf-8-sig").split("\n")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{location}: not UTF-8 text; a class list has one name per line") from None
-    names = tuple(line.removesuffix("\r") for line in lines if line.strip())
+    names = tuple(line.removesuffix("\r") for line in text.split("\n") if line.strip())
     if not names:
         raise UserError(f"{location}: no class in it; a class list has one name per line")
     return names
@@ -84,6 +91,20 @@ def _are_numbers(names: Sequence[str]) -> bool:
     return all(name == str(number) for number, name in enumerate(names))
 
 
+Outputs = Literal["same", "another order", "other classes"]
+
+
+def compare_classes(ours: Sequence[str], theirs: Sequence[str]) -> Outputs:
+    """What the outputs of a network with the classes `theirs` are for those that have `ours`, by name.
+
+    Numbers are no names: where either list has no more, they are held to be the same.
+    """
+    a, b = [canonical(name) for name in ours], [canonical(name) for name in theirs]
+    if a == b or _are_numbers(a) or _are_numbers(b):
+        return "same"
+    return "another order" if sorted(a) == sorted(b) else "other classes"
+
+
 def match_classes(train: ShardIndex, val: ShardIndex, *, subset: bool = False) -> ShardIndex:
     """`val` with the class list of `train`: its labels are renumbered by name.
 
@@ -124,18 +145,18 @@ def match_classes(train: ShardIndex, val: ShardIndex, *, subset: bool = False) -
     return _renumbered("data.val", val, ours)
 
 
-def bind_classes(key: str, index: ShardIndex, names: Sequence[str], file: str) -> ShardIndex:
-    """`index` with the classes that `file` lists: by name, or by number where they have no names.
+def bind_classes(key: str, index: ShardIndex, names: Sequence[str], source: str) -> ShardIndex:
+    """`index` with the classes that `source` lists: by name, or by number where they have no names.
 
     Raises UserError for a class that is not in the list.
     """
     if _are_numbers(index.class_names):
         largest = int(index.samples["label"].max(initial=BAD))
         if largest >= len(names):
-            raise UserError(f"data.classes: {file}: {len(names):,} classes, and labels of {key} go up to {largest}")
+            raise UserError(f"{source}: {plural(len(names), 'class')}, and labels of {key} go up to {largest}")
         return replace(index, class_names=tuple(names))
     if extra := _only(index.class_names, names):
-        raise UserError(f"data.classes: {file}: {len(extra):,} classes of {key} are not in it ({few(extra)})")
+        raise UserError(f"{source}: {plural(len(extra), 'class')} of {key} not in it ({few(extra)})")
     return index if index.class_names == tuple(names) else _renumbered(key, index, tuple(names))
 
 

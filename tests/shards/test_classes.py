@@ -101,7 +101,7 @@ def test_a_list_fixes_the_numbers_of_both() -> None:
     assert bound.fingerprint != made([0, 1, 1, BAD], ("ant", "bee")).fingerprint
     numbers = bind_classes("data.train", made([0, 3], ("0", "1", "2", "3")), names, "list.txt")
     assert (numbers.samples["label"].tolist(), numbers.class_names) == ([0, 3], names)
-    with pytest.raises(UserError, match=r"list.txt: 1 classes of data.val are not in it \('eel'\)"):
+    with pytest.raises(UserError, match=r"list.txt: 1 class of data.val not in it \('eel'\)"):
         bind_classes("data.val", made([0], ("eel",)), names, "list.txt")
     with pytest.raises(UserError, match=r"4 classes, and labels of data.val go up to 4"):
         bind_classes("data.val", made([4], tuple("01234")), names, "list.txt")
