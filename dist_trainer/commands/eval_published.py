@@ -11,6 +11,7 @@ from math import sqrt
 from dist_trainer.commands.ranks import ranks
 from dist_trainer.config.arguments import Parser, parse_config, value_of
 from dist_trainer.config.tree import TrainConfig
+from dist_trainer.distributed.collectives import on_main
 from dist_trainer.distributed.world import World
 from dist_trainer.engine.evaluate import EvalResult
 from dist_trainer.errors import UserError
@@ -18,6 +19,7 @@ from dist_trainer.log.console import Terminal
 from dist_trainer.models.pretrained import load_pretrained
 from dist_trainer.models.published import Published, chosen, tags_of
 from dist_trainer.run.evaluation import Evaluation
+from dist_trainer.run_folder import class_list
 from dist_trainer.storage.storage import Storage
 
 # The weights' own preprocessing and precision override a config.
@@ -119,15 +121,16 @@ def compare(config: TrainConfig, weights: str | None, world: World, terminal: Te
     if published is None:
         known = ", ".join(tags_of(config.model)) or "none"
         raise UserError(f"--pretrained: {config.model.name} has no weights {config.model.pretrained!r}, but {known}")
-    evaluation = Evaluation(config, world, terminal)
+    model = replace(config.model, pretrained=weights) if weights is not None else config.model
+    storage = Storage(config.data.storage_options, config.data.retry)
+    classes = on_main(world, lambda: class_list.beside(weights, storage) if weights is not None else None)
+    evaluation = Evaluation(config, world, terminal, classes)
     index = evaluation.data.val
     if index.num_classes != published.num_classes:
         raise UserError(
             f"data.val: has {index.num_classes:,} classes, and {published} knows {published.num_classes:,}: its "
             "logits are for other classes; fine-tune it instead, with model.pretrained"
         )
-    model = replace(config.model, pretrained=weights) if weights is not None else config.model
-    storage = Storage(config.data.storage_options, config.data.retry)
     loaded = load_pretrained(model, storage, evaluation.inference.module, world)
     if loaded.dropped or loaded.missing:
         lacking = [*loaded.dropped, *loaded.missing]

@@ -23,7 +23,8 @@ class DataConfig:
     val: str
     """Validation images, likewise."""
     classes: str | None = None
-    """A file with all class names, a line for each, in the order of their numbers; null: those that training has."""
+    """A file with all class names, a line for each, in the order of their numbers, or a run's classes.json; null: those
+    that training has."""
     source: Literal["index", "stream"] = "index"
     """index: every sample exactly once, in one order on any world. stream: training tars (image and .cls) are read from
     end to end by webdataset; then none of this is guaranteed, and data.num_samples must give their number."""

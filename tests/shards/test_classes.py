@@ -9,7 +9,14 @@ from helpers import message, png, refused, write_tar
 
 from dist_trainer.data.index import BAD, ShardIndex
 from dist_trainer.errors import UserError
-from dist_trainer.shards.classes import bind_classes, match_classes, misnumbered, read_classes, without_samples
+from dist_trainer.shards.classes import (
+    bind_classes,
+    compare_classes,
+    match_classes,
+    misnumbered,
+    read_classes,
+    without_samples,
+)
 from dist_trainer.shards.join import ShardScan, join
 from dist_trainer.shards.prepare import index_shards
 from dist_trainer.shards.scan import rows
@@ -105,6 +112,33 @@ def test_a_list_fixes_the_numbers_of_both() -> None:
         bind_classes("data.val", made([0], ("eel",)), names, "list.txt")
     with pytest.raises(UserError, match=r"4 classes, and labels of data.val go up to 4"):
         bind_classes("data.val", made([4], tuple("01234")), names, "list.txt")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "outputs"),
+    [
+        (("ant", COMPOSED), ("ant", DECOMPOSED), "same"),
+        (("ant", "bee"), ("bee", "ant"), "another order"),
+        (("ant", "bee"), ("ant", "bee", "cat"), "other classes"),
+        (("ant", "bee"), ("ant", "cat"), "other classes"),
+        (("0", "1"), ("bee", "ant"), "same"),
+        (("bee", "ant"), ("0", "1"), "same"),
+        (("0", "1", "10", "2"), ("0", "1", "2", "10"), "another order"),
+    ],
+)
+def test_outputs_are_compared_by_name(ours: tuple[str, ...], theirs: tuple[str, ...], outputs: str) -> None:
+    """Numbers alone, from 0, are no names. Mutations: compare them all the same; as they are written."""
+    assert compare_classes(ours, theirs) == outputs
+
+
+def test_a_list_may_be_that_of_a_run(tmp_path: Path) -> None:
+    """JSON, as its classes.json. Mutation: read its lines as names."""
+    file = tmp_path / "classes.json"
+    file.write_text('["cat ",\n"dog"]\n')
+    assert read_classes(str(file), Storage()) == ("cat ", "dog")
+    file.write_text('{"cat": 0}')
+    with pytest.raises(UserError, match=r"classes.json: not a list of class names, such as"):
+        read_classes(str(file), Storage())
 
 
 # Tars of other people's
