@@ -235,6 +235,7 @@ def _make(
     if not os.access(out.parent, os.W_OK):
         out = _spare(location, fallback)
         out.parent.mkdir(parents=True, exist_ok=True)
+    elsewhere = "" if data_place.shards.is_folder else ", --label RULE"
     index = build_index(
         rooted(data_place.shards, out),
         out,
@@ -242,7 +243,7 @@ def _make(
         class_names=class_list(data_place.shards, Storage(options)),
         num_processes=cores(),
         allow_empty=allow_empty,
-        advice=f"repair them, or see dist-trainer shards index '{location}' --allow_bad N, --label RULE",
+        advice=f"repair them, or see dist-trainer shards index '{location}' --allow_bad N{elsewhere}",
     )
     return str(out), f"indexed {describe(index, out)}"
 

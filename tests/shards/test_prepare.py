@@ -184,16 +184,24 @@ def test_a_tar_with_another_image_of_the_same_size_is_named_with_the_sample(data
 
 
 def test_an_unreadable_tar_is_one_line_that_names_the_command(data: Path) -> None:
-    """For data of 1,000 tars with one bad, `shards index` has what accepts it. Fails when the line leaves that out."""
+    """For data of 1,000 tars with one bad, `shards index` has what accepts it; class folders have no --label.
+
+    Mutations: leave the command out; offer --label for both.
+    """
     with tarfile.open(data / "1.tar", "a") as tar:
         tar.addfile(tarfile.TarInfo("empty.png"))
     with pytest.raises(UserError) as caught:
         prepared(data)
     first, *rest = str(caught.value).splitlines()
     assert first.startswith(f"data.train: {data}: a problem in 1 shard; ")
-    assert f"dist-trainer shards index '{data}' --allow_bad N" in first
+    assert first.endswith(f"repair them, or see dist-trainer shards index '{data}' --allow_bad N, --label RULE")
     assert len(rest) == 1
     assert not (data / FILE_NAME).exists()
+    (data / "folders" / "ant").mkdir(parents=True)
+    (data / "folders" / "ant" / "0.png").touch()
+    with pytest.raises(UserError) as caught:
+        prepared(data / "folders")
+    assert str(caught.value).splitlines()[0].endswith("--allow_bad N")
 
 
 # Classes
