@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from cluster_jobs import ARGV, LONG, work_folder
-from running import Session, torchrun
+from running import PATIENCE, Session, torchrun
 
 from dist_trainer.distributed.watchdog import STOP_S
 
@@ -18,7 +18,7 @@ def start(folder: Path) -> tuple[Session, dict[str, int]]:
     argv = ["-m", "dist_trainer", "train", "small.yaml", *ARGV, *LONG, "--duration=3000step", "--run.name=run"]
     session = Session(torchrun(2, *argv), folder / "log", folder=here)
     metrics = here / "runs" / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE * 120
     while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
         assert time.monotonic() < deadline and session.process.poll() is None, session.log.read_text()
         time.sleep(0.05)  # between two looks; the deadline decides

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import RANKS, ROOT, Session, newest, tensors, torchrun
+from running import PATIENCE, RANKS, ROOT, Session, newest, tensors, torchrun
 
 from dist_trainer.commands.agent import first_of_last_attempt
 from dist_trainer.data.parallel import loader_fault
@@ -43,7 +43,7 @@ def started(here: Path, argv: list[str]) -> Session:
 
 
 def wait_for(file: Path, session: Session) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE * 120
     while not (file.exists() and file.read_text()):
         assert session.process.poll() is None, session.log.read_text()
         assert time.monotonic() < deadline

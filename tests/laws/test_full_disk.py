@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from cluster_jobs import ARGV, work_folder
-from running import Session, torchrun
+from running import PATIENCE, Session, torchrun
 
 from dist_trainer.log.metrics_file import MetricsFile, read_rows
 from dist_trainer.run_folder import checkpoint
@@ -71,7 +71,7 @@ def test_a_full_disk_costs_lines_and_room_made_later_mends_everything(tmp_path: 
 
 def until(session: Session, condition: Callable[[], object]) -> None:
     """Wait for it while the session lives."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE * 120
     while not condition():
         assert session.process.poll() is None and time.monotonic() < deadline, session.log.read_text()
         time.sleep(0.01)  # between two looks; the deadline decides

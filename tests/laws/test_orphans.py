@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from running import TINY, Session, torchrun
+from running import PATIENCE, TINY, Session, torchrun
 
 
 @pytest.mark.parametrize("delay", [0.0, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.06, 0.4, 1.5))])
@@ -18,7 +18,7 @@ def test_ranks_end_with_torchrun_however_early_it_dies(delay: float, fashion: li
     argv = ["-m", "dist_trainer", "train", *TINY, *fashion, f"--run.dir={tmp_path}", "--run.name=run"]
     session = Session(torchrun(2, *argv, "--duration=100000step"), tmp_path / "log")
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE * 60
         while len(session.rank_pids()) < 2:
             assert time.monotonic() < deadline, session.log.read_text()
             time.sleep(0.001)  # between two looks; the deadline decides

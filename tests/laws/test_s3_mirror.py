@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cluster_jobs import ARGV, work_folder
-from running import Session, tensors, torchrun
+from running import PATIENCE, Session, tensors, torchrun
 from s3_server import CREDENTIALS, S3Server
 
 from dist_trainer.run_folder import checkpoint
@@ -42,7 +42,7 @@ def start(
 
 
 def until(session: Session, condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE * 120
     while not condition():
         assert session.process.poll() is None and time.monotonic() < deadline, session.log.read_text()
         time.sleep(0.005)  # between two looks; the deadline decides

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from running import ROOT, TINY, Session, newest, run_jobs
+from running import PATIENCE, ROOT, TINY, Session, newest, run_jobs
 
 from dist_trainer.run_folder import checkpoint
 
@@ -45,7 +45,7 @@ def test_background_and_synchronous_saves_have_the_same_bytes_and_neither_change
 
 
 def until(condition: Callable[[], bool], session: Session) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE * 60
     while not condition():
         assert session.process.poll() is None and time.monotonic() < deadline, session.log.read_text()
         time.sleep(0.02)  # between two looks; the deadline decides

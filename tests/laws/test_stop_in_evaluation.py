@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from running import TINY, Session, assert_same_end, metrics, torchrun
+from running import PATIENCE, TINY, Session, assert_same_end, metrics, torchrun
 
 # Each of four evaluations has 250 batches per rank, each of two re-estimations 256.
 SCORING = [
@@ -17,7 +17,7 @@ SCORING = [
 
 
 def until(session: Session, text: str) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE * 120
     while text not in session.log.read_text():
         assert session.process.poll() is None and time.monotonic() < deadline, session.log.read_text()[-5000:]
         time.sleep(0.005)  # between two looks; the deadline decides

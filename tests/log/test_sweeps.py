@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from running import ROOT, TINY, metrics
+from running import PATIENCE, ROOT, TINY, metrics
 from wandb_files import compared, record
 from wandb_server import KEY, serving
 
@@ -102,7 +102,7 @@ def test_two_trials_of_two_ranks_and_one_that_is_handed_out_again(tmp_path: Path
             return subprocess.Popen(agent, env=env, cwd=tmp_path)
 
         first = start()
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + PATIENCE * 90
         while not [file for file in tmp_path.glob("runs/*-trial1/metrics.jsonl") if '"step": 9,' in file.read_text()]:
             assert time.monotonic() < deadline and first.poll() is None
             time.sleep(0.1)  # between two looks; the deadline decides

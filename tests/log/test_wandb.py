@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import TINY, Session, metrics, run_jobs, tensors, torchrun, wait_for_step
+from running import PATIENCE, TINY, Session, metrics, run_jobs, tensors, torchrun, wait_for_step
 from wandb_files import compared, history, record, records
 from wandb_server import KEY, WandbServer, serving
 
@@ -121,7 +121,7 @@ def test_a_server_gets_one_run_whatever_interrupts_it(tmp_path: Path, fashion: l
     argv.append("--lr.schedule.name=constant")  # repeated steps have the same rate, however long the run is
     session = train(2, [*argv, "--duration=100000step"], tmp_path, variables(server, WANDB_PROJECT="theirs"))
     wait_for_step(session, tmp_path / "run", 9)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE * 60
     while not any(run.lines for run in server.runs.values()):
         assert time.monotonic() < deadline, session.log.read_text()[-3000:]
         time.sleep(0.1)  # between two looks; the deadline decides
@@ -239,7 +239,7 @@ def test_another_hosts_load_is_a_run_of_the_same_group(
     (folder / "wandb_id").write_text("abcd1234")
     main = Follower(first, print)
     MetricsFile(folder / "metrics.jsonl", 0).write(1, {"epoch": 0.1, "train/loss": 2.0})
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + PATIENCE * 40
     while not all(server.runs.get(name) and server.runs[name].events for name in ("abcd1234", "abcd1234-node2")):
         assert time.monotonic() < deadline, server.runs.keys()
         time.sleep(0.1)  # between two looks; the deadline decides
@@ -287,7 +287,7 @@ def test_a_stop_by_a_gradient_that_is_not_finite_is_an_alert(
 ) -> None:
     argv = [*(each for each in TINY if "wandb" not in each), *fashion, *POISON, "--engine.not_finite=stop"]
     assert train(1, argv, tmp_path, variables(server)).wait() == 2
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE * 20
     while not (run := only(server.runs.values())).alerts and time.monotonic() < deadline:
         time.sleep(0.1)  # the process that tells outlives the run; the deadline decides
     (alert,) = run.alerts

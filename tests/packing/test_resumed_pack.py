@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import message, png
 from pack_sources import contents, fill, folder_contents, packed, refused
-from running import ROOT
+from running import PATIENCE, ROOT
 
 from dist_trainer.commands.main import dispatch
 from dist_trainer.data.index import FILE_NAME, ShardIndex
@@ -71,7 +71,7 @@ def test_a_killed_pack_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Captu
     )
     partial = partial_folder(tmp_path / "out" / "train")
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE * 120
         while len(list(partial.glob("*.tar"))) < 3:
             assert process.poll() is None
             assert time.monotonic() < deadline

@@ -14,7 +14,7 @@ import numpy as np
 from dist_trainer.data.read import Reader
 from dist_trainer.storage import cache
 
-HANG = 60  # seconds: a guard against hanging, no measure of speed
+HANG = 180  # seconds: a guard against hanging, no measure of speed
 
 
 class Job:

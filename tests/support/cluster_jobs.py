@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from running import ROOT
+from running import PATIENCE, ROOT
 
 from slurm import Slurm
 
@@ -64,8 +64,8 @@ def started(slurm: Slurm, here: Path, job: str, name: str, seconds: float = 90) 
 
 
 def wait_for(condition: Callable[[], object], said: Callable[[], str], seconds: float) -> None:
-    """Raises AssertionError with what was `said`, after this time or at a mistake."""
-    deadline = time.monotonic() + seconds
+    """Raises AssertionError with what was `said`, after PATIENCE x `seconds` or at a mistake."""
+    deadline = time.monotonic() + PATIENCE * seconds
     while not condition():
         assert time.monotonic() < deadline and "dist-trainer: " not in said(), said()[-1500:]
         time.sleep(0.1)  # between two looks; the deadline decides

@@ -19,6 +19,9 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 RANKS, SUPPORT = ROOT / "tests" / "ranks", ROOT / "tests" / "support"
 FASHION = ROOT / "data" / "fashion_mnist"
+PATIENCE = 3
+"""How much longer than on a quiet machine a test waits for what must come: on a busy one it comes later, and waiting
+costs nothing where it comes."""
 ENVIRONMENT = dict(os.environ)
 """As it was before any test: ranks that all tests share see no test's variables."""
 
@@ -81,12 +84,12 @@ class Session:
         ]
 
     def wait(self, timeout: float = 240) -> int:
-        """The exit status; on a time-out the session is ended and its log shown."""
+        """The exit status; after PATIENCE x `timeout` seconds the session is ended and its log shown."""
         try:
-            return self.process.wait(timeout)
+            return self.process.wait(PATIENCE * timeout)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise AssertionError(f"no end after {timeout} s:\n{self.log.read_text()[-5000:]}") from None
+            raise AssertionError(f"no end after {PATIENCE * timeout} s:\n{self.log.read_text()[-5000:]}") from None
 
     def kill(self) -> None:
         for pid in self.pids():
@@ -97,8 +100,8 @@ class Session:
         self.process.wait()
 
     def left_after(self, seconds: float) -> dict[int, str]:
-        """Processes that are still there once `seconds` have passed; returns as soon as there is none."""
-        deadline = time.monotonic() + seconds
+        """Processes that are still there after PATIENCE x `seconds`; returns as soon as there is none."""
+        deadline = time.monotonic() + PATIENCE * seconds
         while (left := self.pids()) and time.monotonic() < deadline:
             time.sleep(0.1)  # between two looks at /proc; nothing is assumed to be done after it
         return left
@@ -198,7 +201,7 @@ def tensors(run: Path, name: str = "model") -> dict[str, Any]:
 
 def wait_for_step(session: Session, run: Path, step: int) -> None:
     """Return when the run has logged `step`, while it still trains."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE * 60
     while time.monotonic() < deadline:
         assert session.process.poll() is None, session.log.read_text()[-5000:]
         if (run / "metrics.jsonl").exists() and max(metrics(run, "step"), default=0) >= step:

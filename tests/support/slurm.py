@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from running import PATIENCE
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol")
 CONFIG = """
 ClusterName=test
@@ -169,7 +171,7 @@ class Slurm:
 
     def wait_for_restart(self, job: str, seconds: float = 60) -> None:
         """Until it is in the queue once more."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE * seconds
         while not re.search(r"JobState=PENDING.* Restarts=1 ", self("scontrol", "show", "job", job), re.DOTALL):
             assert time.monotonic() < deadline, self("scontrol", "show", "job", job)
             time.sleep(0.2)  # between two looks; the deadline decides
@@ -182,7 +184,7 @@ class Slurm:
         """
         self.wait_for_restart(job, seconds)
         number = job.partition("_")[0]
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE * seconds
         while self._steps(number) or processes(SLURM_JOB_ID=number, SLURM_CONF=self._config):
             assert time.monotonic() < deadline, self("scontrol", "show", "job", job)
             time.sleep(0.2)  # between two looks; the deadline decides
@@ -191,7 +193,7 @@ class Slurm:
 
     def wait(self, job: str, seconds: float = 120) -> tuple[str, str]:
         """(its last state, its exit code), such as ("FAILED", "3:0")."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE * seconds
         while True:
             found = dict(re.findall(r"(JobState|ExitCode)=(\S+)", self("scontrol", "show", "job", job)))
             if found["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
