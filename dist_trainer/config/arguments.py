@@ -93,7 +93,8 @@ def _one_line(text: str, parser: Parser) -> str:
         return f"{match[1]}: its value is missing"
     if match := re.fullmatch(r'Parser key "([^"]+)": .*(?:Got|Given) value: (.*)', line):
         allowed = words(getattr(options[match[1]], "_typehint", str))
-        return f"--{match[1]}: {match[2]!r} is not {allowed}; {options[match[1]].help}"
+        explained = f"; {described}" if (described := options[match[1]].help) else ""
+        return f"--{match[1]}: {match[2]!r} is not {allowed}{explained}"
     return line
 
 

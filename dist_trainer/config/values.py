@@ -90,7 +90,7 @@ _FITS: dict[Any, Callable[..., bool]] = {
     Literal: lambda value, *args: any(value == each and fits(type(each), value) for each in args),
     list: lambda value, item: isinstance(value, list) and all(fits(item, each) for each in value),
     tuple: lambda value, *items: isinstance(value, list) and len(value) == len(items) and all(map(fits, items, value)),
-    dict: lambda value, *_: isinstance(value, Mapping),
+    dict: lambda value, *_: isinstance(value, Mapping) and not any(map(_spaced, value.items())),
     "group": lambda value, _: isinstance(value, Mapping),
 }
 
@@ -138,9 +138,17 @@ def _instead(hint: Any, key: str, value: Any, on_command_line: bool) -> str:
         return f"; write [{value}]"
     if isinstance(value, int | float) and fits(hint, str(value)):
         return f"; as text it is written '{value}', in quotes"
+    if isinstance(value, Mapping) and any(map(_spaced, value.items())):
+        return "; after a colon belongs a blank: {KEY: VALUE}"
     if isinstance(value, str):
         return nearest(value, _choices(hint))
     return ""
+
+
+def _spaced(item: tuple[Any, Any]) -> str:
+    """`{a:3}` is a key of that name to YAML, without a value; this is what was meant, or else ""."""
+    name, sign, rest = str(item[0]).partition(":")
+    return f"{name}: {rest}" if sign and rest and item[1] is None else ""
 
 
 def _choices(hint: Any) -> list[str]:
@@ -170,6 +178,8 @@ def check_values(
             nested = key.replace(".", ": {") + ": VALUE" + "}" * key.count(".")
             raise UserError(f"{prefix}{key}: in a file, keys stand within each other: {nested}")
         if key not in hints:
+            if spaced := _spaced((key, value)):
+                raise UserError(f"{prefix}{key}: after a colon belongs a blank: {{{spaced}}}")
             name, inside = prefix + key, value
             while isinstance(inside, Mapping) and len(inside) == 1:  # --btch.global_batch is meant as a whole
                 ((inner_key, inside),) = inside.items()

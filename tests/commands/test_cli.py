@@ -125,6 +125,18 @@ def test_a_wrong_type_or_choice_is_refused_with_key_value_and_what_is_allowed(
         assert "<class" not in line
 
 
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("optimizer.args={momentum:0.8}", "optimizer.args: {momentum:0.8} is not a group of keys with values; after a"),
+        ("augment.crop={size:224}", "augment.crop.size:224: after a colon belongs a blank: {size: 224}"),
+    ],
+)
+def test_a_colon_without_a_blank_is_said(config: Path, argument: str, said: str) -> None:
+    """YAML reads a key of that name without a value. Mutation: take it for one, and let the parser speak."""
+    assert refused("plan", config, "--samples", 1000, f"--{argument}").startswith(said)
+
+
 def test_a_missing_key_is_named(config: Path) -> None:
     """Fails when the message names the first of several with its comma, or none."""
     config.write_text("data: {train: t}\n")
