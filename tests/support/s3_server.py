@@ -18,7 +18,7 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "made-up", "AWS_SECRET_ACCESS_KEY": "made-up
 class S3Server:
     """`gets` is a list of (path, range) of all ranged requests; the next `faults` of them are answered by 503.
 
-    `puts` are the paths of all that was put; `trouble` may say "503", "stall" (10 s) or "reset" for (method, path).
+    `puts` are the paths of all that lies there since it was put; `trouble` may say "503", "stall" (10 s) or "reset" for (method, path).
     """
 
     def __init__(self) -> None:
@@ -33,8 +33,6 @@ class S3Server:
 
     def _count(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
-        if method == "PUT":
-            self.puts.append(path)
         found = self.trouble(method, path)
         if found == "503":
             start_response("503 Slow Down", [("Content-Type", "application/xml")])
@@ -52,6 +50,8 @@ class S3Server:
                 start_response("503 Slow Down", [("Content-Type", "application/xml")])
                 return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate</Message></Error>"]
         answer: Iterable[bytes] = self._app(environ, start_response)
+        if method == "PUT":
+            self.puts.append(path)
         return answer
 
     def upload(self, bucket: str, *files: Path, under: str = "") -> None:
