@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import PATIENCE, RANKS, ROOT, Session, newest, tensors, torchrun
+from running import PATIENCE, RANKS, ROOT, Session, newest, tensors, torchrun, wait_for_step
 
 from dist_trainer.commands.agent import first_of_last_attempt
 from dist_trainer.data.parallel import loader_fault
@@ -181,7 +181,7 @@ def test_another_command_ends_when_stdout_is_closed(here: Path, command_line: st
 def test_an_error_between_a_killed_run_and_the_first_step_is_its_end(here: Path) -> None:
     """STATE still says running, of the attempt before. Mutation: only the training itself is watched."""
     session = started(here, command(*LONG, "--checkpoint.every=1step"))
-    wait_for(here / "runs" / "run" / "checkpoints" / "step_00000004" / "MANIFEST.json", session)
+    wait_for_step(session, here / "runs" / "run", 8)  # one checkpoint waits for the other: that of step 4 was whole
     session.kill()
     assert (here / "runs" / "run" / "STATE").read_text() == "running\n"
     session = Session(command("--duration=3step", '--run.allow_change=["duration"]'), here / "log", folder=here)

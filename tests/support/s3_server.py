@@ -18,7 +18,8 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "made-up", "AWS_SECRET_ACCESS_KEY": "made-up
 class S3Server:
     """`gets` is a list of (path, range) of all ranged requests; the next `faults` of them are answered by 503.
 
-    `puts` are the paths of all that lies there since it was put; `trouble` may say "503", "stall" (10 s) or "reset" for (method, path).
+    `puts` are the paths of all that lies there since it was put; `trouble` may say "503", "stall" (10 s) or "reset" for
+    (method, path).
     """
 
     def __init__(self) -> None:
