@@ -1,5 +1,6 @@
 """A check before the first step that a network accepts the images of this run, in evaluation and in training."""
 
+import contextlib
 import inspect
 from copy import deepcopy
 from typing import Any
@@ -41,17 +42,25 @@ def try_training(model: nn.Module, name: str, shape: Shape, num_classes: int, mi
     Returns the names of the parameters that get no gradient. Raises UserError when it fails, when batch-norm has one
     value per channel, and for more than one output, unless they are known auxiliary ones.
     """
+    # Shapes alone first, which cost next to nothing. What needs values is computed, as are all errors.
+    with contextlib.suppress(Exception):
+        return _trial(model, name, shape, num_classes, micro_batch, "meta")
+    return _trial(model, name, shape, num_classes, micro_batch, "cpu")
+
+
+def _trial(model: nn.Module, name: str, shape: Shape, num_classes: int, micro_batch: int, device: str) -> list[str]:
     layers: list[str] = []
     try:
         copy = deepcopy(model)
     except Exception:  # a network of the user's that cannot be copied: its first step is the trial
         return []
+    copy.to(device)
     for layer, module in copy.named_modules():
         if isinstance(module, _BatchNorm):
             module.register_forward_pre_hook(lambda *_, layer=layer: layers.append(layer))
     try:
         with torch.random.fork_rng(devices=[]):
-            output: Any = copy(torch.full((min(micro_batch, 2), *shape), 0.5))
+            output: Any = copy(torch.full((min(micro_batch, 2), *shape), 0.5, device=device))
         parts = outputs_of(output)
         if parts is not None:
             torch.stack([weight * logits.float().square().sum() for weight, logits in parts]).sum().backward()  # type: ignore[no-untyped-call]

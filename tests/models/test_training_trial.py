@@ -98,6 +98,40 @@ def test_a_trial_changes_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+TRIED: list[str] = []
+"""Where Noted and ByValue were tried."""
+
+
+class Noted(Net):
+    def forward(self, x: torch.Tensor) -> Any:
+        TRIED.append(x.device.type)
+        return super().forward(x)
+
+
+class ByValue(Noted):
+    """Its outputs depend on the values of its features, which shapes alone do not have."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, x: torch.Tensor) -> Any:
+        logits = super().forward(x)
+        return (
+            (logits,) * self.outputs if self.outputs > 1 and bool(logits.mean() < 1e9) else logits * logits.max().item()
+        )
+
+
+def test_shapes_are_enough_unless_a_network_looks_at_values() -> None:
+    """Then it is computed, and what it does is found there. Mutations: compute every network, which takes seconds for a
+    large one; take what cannot run on shapes for wrong, or for right."""
+    for network, tried in ((Noted(), ["meta"]), (ByValue(1), ["meta", "cpu"])):
+        TRIED.clear()
+        assert try_training(network, "mynet", IMAGE, 10, 8) == []
+        assert tried == TRIED
+    assert "gives a tuple in training" in refusal(ByValue(2))
+
+
 def test_a_network_that_cannot_be_copied_is_not_refused() -> None:
     """It trained before there was a trial. Mutation: let the error through."""
     model = Net()
