@@ -109,7 +109,7 @@ class Noted(Net):
 
 
 class ByValue(Noted):
-    """Its outputs depend on the values of its features, which shapes alone do not have."""
+    """Its outputs depend on a value, which shapes alone do not have."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
@@ -117,9 +117,8 @@ class ByValue(Noted):
 
     def forward(self, x: torch.Tensor) -> Any:
         logits = super().forward(x)
-        return (
-            (logits,) * self.outputs if self.outputs > 1 and bool(logits.mean() < 1e9) else logits * logits.max().item()
-        )
+        logits = logits * logits.max().item()
+        return logits if self.outputs == 1 else (logits,) * self.outputs
 
 
 def test_shapes_are_enough_unless_a_network_looks_at_values() -> None:
