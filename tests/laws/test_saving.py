@@ -53,7 +53,7 @@ def until(condition: Callable[[], bool], session: Session) -> None:
 
 @pytest.mark.parametrize(("sync_s", "grace"), [(60.0, 2.0), (0.3, 60.0)])
 def test_a_stop_waits_for_a_slow_disk_as_long_as_grace_allows(tmp_path: Path, sync_s: float, grace: float) -> None:
-    """Each sync of a file takes `sync_s` longer from some moment on; SIGTERM comes while a checkpoint is written.
+    """Each sync of a checkpoint takes `sync_s` longer from some moment on; SIGTERM comes while a checkpoint is written.
 
     With enough grace the checkpoint of the last step stands, otherwise the one before, and the next start goes on from
     it. Mutations: wait as long as the write takes; end without waiting.
