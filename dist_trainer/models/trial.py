@@ -14,6 +14,8 @@ from dist_trainer.tricks.auxiliary import WEIGHTS, outputs_of
 
 Shape = tuple[int, int, int]
 """Channels, height, width."""
+LARGE = 10_000_000
+"""Parameters from which on a training step of two images costs more than the import of torch's meta kernels."""
 
 
 @torch.no_grad()
@@ -42,9 +44,11 @@ def try_training(model: nn.Module, name: str, shape: Shape, num_classes: int, mi
     Returns the names of the parameters that get no gradient. Raises UserError when it fails, when batch-norm has one
     value per channel, and for more than one output, unless they are known auxiliary ones.
     """
-    # Shapes alone first, which cost next to nothing. What needs values is computed, as are all errors.
-    with contextlib.suppress(Exception):
-        return _trial(model, name, shape, num_classes, micro_batch, "meta")
+    # With shapes alone for a large network, which costs next to nothing once what computes them is imported. One that
+    # needs values is computed, as are all errors.
+    if sum(each.numel() for each in model.parameters()) >= LARGE:
+        with contextlib.suppress(Exception):
+            return _trial(model, name, shape, num_classes, micro_batch, "meta")
     return _trial(model, name, shape, num_classes, micro_batch, "cpu")
 
 

@@ -374,7 +374,13 @@ HEAVY = {
 
 
 @pytest.mark.parametrize(
-    ("argv", "needed"), [(["--help"], set()), (["ls"], set()), (["plan", str(FASHION), "--samples=60000"], {"torch"})]
+    ("argv", "needed"),
+    [
+        (["--help"], set()),
+        (["ls"], set()),
+        (["plan", str(FASHION), "--samples=60000"], {"torch"}),
+        (["plan", str(FASHION)], {"torch"}),
+    ],
 )
 def test_what_is_heavy_is_imported_where_it_is_used(argv: list[str], needed: set[str]) -> None:
     """Counted in modules, since seconds depend on the machine. Mutations: torchvision on top of a file; torch's own

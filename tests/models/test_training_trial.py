@@ -121,13 +121,20 @@ class ByValue(Noted):
         return logits if self.outputs == 1 else (logits,) * self.outputs
 
 
-def test_shapes_are_enough_unless_a_network_looks_at_values() -> None:
-    """Then it is computed, and what it does is found there. Mutations: compute every network, which takes seconds for a
-    large one; take what cannot run on shapes for wrong, or for right."""
-    for network, tried in ((Noted(), ["meta"]), (ByValue(1), ["meta", "cpu"])):
+def test_shapes_are_enough_for_a_large_network_unless_it_looks_at_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it is computed, and what it does is found there, as for a small one. Mutations: compute every network, which
+    takes seconds for a large one; take what cannot run on shapes for wrong, or for right."""
+    size = sum(each.numel() for each in Net().parameters())
+    for large, network, tried in (
+        (size, Noted(), ["meta"]),
+        (size, ByValue(1), ["meta", "cpu"]),
+        (size + 1, Noted(), ["cpu"]),
+    ):
+        monkeypatch.setattr("dist_trainer.models.trial.LARGE", large)
         TRIED.clear()
         assert try_training(network, "mynet", IMAGE, 10, 8) == []
         assert tried == TRIED
+    monkeypatch.setattr("dist_trainer.models.trial.LARGE", size)
     assert "gives a tuple in training" in refusal(ByValue(2))
 
 
