@@ -35,7 +35,10 @@ def beside(weights: str, storage: Storage) -> tuple[str, tuple[str, ...]] | None
 
 def read_names(content: bytes) -> tuple[str, ...]:
     """The names in a JSON list. Raises ValueError for anything else."""
-    names = json.loads(content)
+    try:
+        names = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError('not a list of class names, such as ["ant", "bee"]')
     return tuple(names)

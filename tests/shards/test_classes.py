@@ -136,9 +136,10 @@ def test_a_list_may_be_that_of_a_run(tmp_path: Path) -> None:
     file = tmp_path / "classes.json"
     file.write_text('["cat ",\n"dog"]\n')
     assert read_classes(str(file), Storage()) == ("cat ", "dog")
-    file.write_text('{"cat": 0}')
-    with pytest.raises(UserError, match=r"classes.json: not a list of class names, such as"):
-        read_classes(str(file), Storage())
+    for content, said in (('{"cat": 0}', "not a list of class names, such as"), ('["cat"', r"not JSON \(")):
+        file.write_text(content)
+        with pytest.raises(UserError, match=f"classes.json: {said}"):
+            read_classes(str(file), Storage())
 
 
 # Tars of other people's
